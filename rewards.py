@@ -1,0 +1,847 @@
+"""The five tasks: prompt, data, reward and verifier (d1, arXiv 2504.12216: section 4 and the appendix on rewards).
+
+A Task is plain strings and functions. An example is a dict with 'question', 'answer' (the ground truth) and sometimes
+'solution' (a worked text). A completion is whatever the model wrote: no function here raises on it or hangs.
+
+    python rewards.py gsm8k FILE.json ...    # scores saved generations: the official JSON layout or our samples.jsonl
+"""
+import ast
+import gzip
+import json
+import marshal
+import operator
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from fractions import Fraction
+from functools import cache, lru_cache
+from itertools import permutations
+from typing import Callable, NamedTuple
+
+ENDS = ('<|eot_id|>', '<|endoftext|>')  # a completion is over at the first of these
+TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
+MAX_ANSWER = 1000   # characters; longer answers (code aside) are never right, so the patterns below may be simple
+MAX_EQUATION = 200  # characters; keeps numbers small and nesting far from what crashes a parser
+CODE_FORMAT = 0.5   # what the tags alone earn in the code task, beside up to 1 for the tests
+
+
+# --- reading a completion: str.partition, count and find only, so time is linear in the text ---
+
+def visible(completion):
+    """Return the part of a decoded completion before its first end token."""
+    for end in ENDS:
+        completion = completion.partition(end)[0]
+    return completion
+
+
+def between_tags(text):
+    """Return what the last closed <answer> holds, or None."""
+    before, closed, _ = text.rpartition('</answer>')
+    _, opened, inside = before.rpartition('<answer>')
+    return inside if opened and closed else None
+
+
+def last_box(text):
+    r"""Return what the last \boxed{} holds, braces balanced; None if there is none, if it is empty or never closed."""
+    _, found, rest = text.rpartition('\\boxed{')
+    depth = 1 if found else 0
+    for i, c in enumerate(rest if found else ''):
+        depth += (c == '{') - (c == '}')
+        if depth == 0:
+            return rest[:i].strip() or None
+    return None
+
+
+def boxed_answer(text):
+    r"""Return what the \boxed{} in the answer tags holds, or without such tags the last one; None if there is none."""
+    tagged = between_tags(text)
+    return last_box(text if tagged is None else tagged)
+
+
+def final_answer(completion):
+    """Return the answer, '' if there is none: the box, or without a box all that the answer tags hold."""
+    text = visible(completion)
+    answer = boxed_answer(text) or (between_tags(text) or '').strip()
+    return answer if len(answer) <= MAX_ANSWER else ''
+
+
+# --- gsm8k: five parts, each taking the visible text ---
+
+DIGITS = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)'  # 1200 or 1,200; ASCII only
+NUMBER = re.compile(rf'-?(?:{DIGITS}(?:\.[0-9]*)?|\.[0-9]+)')
+NOISE = r'\left \right \! \, \; \: \( \) \$ $ \% % ^{\circ} ^\circ °'.split()
+SYNONYMS = [('\\ ', ' '), ('{,}', ','), ('−', '-'), ('\\dfrac', '\\frac'), ('\\tfrac', '\\frac'),
+            ('\\mbox', '\\text'), ('\\textbf', '\\text'), ('\\mathrm', '\\text')]
+
+
+def plain(latex):
+    """Return the text without signs that change how an answer looks but not what it says."""
+    for old, new in [(sign, '') for sign in NOISE] + SYNONYMS:
+        latex = latex.replace(old, new)
+    return latex.strip()
+
+
+def number(text):
+    """Return the first number in a short text as a float, or None: '$1,200 a day' is 1200.0."""
+    found = NUMBER.search(plain(text))
+    return float(found[0].replace(',', '')) if found else None
+
+
+def tag_count(text):
+    """0.125 for each of the four tags that occurs once, less 0.001 a character behind </answer>; never below 0."""
+    tail = text.rpartition('</answer>')[2].removeprefix('\n') if '</answer>' in text else ''
+    return max(0.0, 0.125 * sum(text.count(tag) == 1 for tag in TAGS) - 0.001 * len(tail))
+
+
+def soft_format(text):
+    """0.5 if the text begins with the reasoning and the answer follows, on any number of lines."""
+    for tag in TAGS:  # each behind the one before; only blanks may come between parts
+        before, found, text = text.partition(tag)
+        if not found or (before.strip() and not tag.startswith('</')):
+            return 0.0
+    return 0.5
+
+
+def strict_format(text):
+    """0.5 if each tag stands once, on a line of its own, with nothing around the two parts but one last newline."""
+    text = text.removesuffix('\n')
+    return 0.5 * (all(text.count(tag) == 1 for tag in TAGS) and text.startswith('<reasoning>\n')
+                  and '\n</reasoning>\n<answer>\n' in text and text.endswith('\n</answer>'))
+
+
+def integer_answer(text):
+    """0.5 if the answer is a whole number and nothing else; thousands may have commas."""
+    return 0.5 * bool(re.fullmatch(f'-?{DIGITS}', final_answer(text)))
+
+
+def gsm8k_correct(completion, example):
+    """True if the first number of the answer equals the ground truth, a float (as in the official evaluation)."""
+    return number(final_answer(completion)) == example['answer']
+
+
+def gsm8k_reward(completion, example):
+    """0 to 4: tags 0.5, soft format 0.5, strict format 0.5, whole number 0.5, right answer 2 (paper, appendix)."""
+    text = visible(completion)
+    return (tag_count(text) + soft_format(text) + strict_format(text) + integer_answer(text)
+            + 2.0 * gsm8k_correct(text, example))
+
+
+# --- math ---
+
+def latex_key(latex):
+    r"""Return one spelling for the ways to write a short answer: \frac12, \tfrac{1}{2}, x = 1/2 and 0.50 agree.
+
+    As with the MATH data set's own checker, an unreduced fraction or a decimal other than 0.5 is another answer.
+    """
+    key = re.sub(r'(?<=\S)\s*\\text\{[^{}]*\}(\^\{?[0-9]\}?)?$', '', plain(latex))  # a unit behind the value
+    key = re.sub(r'\\text\{([^{}]*)\}', r'\1', key)                                 # a word is the answer
+    key = re.sub(r'^[a-zA-Z]=', '', re.sub(r'\s', '', key)).removesuffix('.')
+    key = re.sub(r'\\sqrt(\w)', r'\\sqrt{\1}', key)
+    key = re.sub(r'\\frac(?:\{([^{}]*)\}|(\w))(?:\{([^{}]*)\}|(\w))', r'\\frac{\1\2}{\3\4}', key)
+    key = re.sub(r'([0-9]+)/([0-9]+)', r'\\frac{\1}{\2}', key)
+    if NUMBER.fullmatch(key):
+        amount = Fraction(key.replace(',', ''))  # 1,200 is 1200, 36.00 is 36, .5 is 0.5
+        return '\\frac{1}{2}' if amount == Fraction(1, 2) else str(amount)
+    return key
+
+
+def math_correct(completion, example):
+    """True if the box holds the ground truth (LaTeX), spelling aside; without a box nothing is right (official)."""
+    boxed = boxed_answer(visible(completion)) is not None
+    return boxed and latex_key(final_answer(completion)) == latex_key(example['answer'])
+
+
+def math_reward(completion, example):
+    """0.25 to 3: right 2; format 1, 0.75, 0.5 or 0.25 for answer tags with box, tags, box, neither (FACTS)."""
+    text = visible(completion)
+    tags, box = between_tags(text) is not None, boxed_answer(text) is not None
+    return 2.0 * math_correct(text, example) + 0.25 + 0.5 * tags + 0.25 * box
+
+
+# --- countdown ---
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def value(node, used):
+    """Return a syntax tree's exact value and add its integers to the list `used`; KeyError for any other operation."""
+    if isinstance(node, ast.Constant):
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -value(node.operand, used)
+    apply = OPERATIONS[type(getattr(node, 'op', node))]  # no ** and //, no calls
+    return apply(value(node.left, used), value(node.right, used))
+
+
+def countdown_reward(completion, example):
+    """1 if the equation has each number once and hits the target, 0.1 if just the numbers are right, else 0."""
+    equation = final_answer(completion).partition('=')[0].strip()
+    for old, new in [('\\times', '*'), ('\\cdot', '*'), ('\\div', '/'), ('×', '*'), ('÷', '/'), ('−', '-')]:
+        equation = equation.replace(old, new)
+    if len(equation) > MAX_EQUATION or not set(equation) <= set('0123456789+-*/() '):
+        return 0.0
+    (numbers, target), used = example['answer'], []
+    try:
+        result = value(ast.parse(equation, mode='eval').body, used)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
+        return 0.0
+    return 0.0 if sorted(used) != sorted(numbers) else 1.0 if result == target else 0.1
+
+
+# --- sudoku ---
+
+def sudoku_cells(completion, example):
+    """Return the share of empty cells filled right, 0 to 1; 16 digits are read, missing ones are wrong (official)."""
+    puzzle = re.search(r'(?<![0-9])[0-4]{16}(?![0-9])', example['question'])[0]
+    filled = ''.join(c for c in final_answer(completion) if c in '0123456789')[:16].ljust(16, '0')
+    right = [filled[i] == example['answer'][i] for i in range(16) if puzzle[i] == '0']
+    return sum(right) / len(right)
+
+
+# --- code ---
+
+def code_of(completion):
+    """Return the program in a completion: what the answer tags hold, else the last fenced block, else ''."""
+    text = visible(completion)
+    tagged = between_tags(text)
+    text = text if tagged is None else tagged
+    _, fence, block = text.rstrip().removesuffix('```').rpartition('```') if '```' in text else ('', '', '')
+    return re.sub(r'\A[a-z0-9]*[ \r]*\n', '', block) if fence else tagged or ''
+
+
+@lru_cache(maxsize=1024)  # reward and verdict of one completion share a run
+def share_passed(code, tests, entry_point, setup):
+    """Return the share of unit tests that the program passes, 0 to 1; it may use what the set-up code defines."""
+    return run_tests(f'{setup}\n{code}', list(tests), entry_point, setup) if code.strip() else 0.0
+
+
+def tests_passed(completion, example):
+    """Return the share of an example's unit tests that a completion passes, 0 to 1."""
+    answer = example['answer']
+    return share_passed(code_of(completion), tuple(answer['tests']), answer['entry_point'], answer['setup'])
+
+
+def code_reward(completion, example):
+    """0 to 1.5: the share of unit tests passed, and CODE_FORMAT for reasoning and answer in their tags."""
+    return tests_passed(completion, example) + CODE_FORMAT * (soft_format(visible(completion)) > 0)
+
+
+# --- running model-written code ---
+# Tests and completion never share a memory. One fresh interpreter (CHILD) reads the completion and forks; the fork
+# locks itself in and runs the completion; only after the fork does the first process read the tests. Only plain data
+# crosses between the two, and the verdicts go over a pipe that the completion's process never had. This is no sandbox
+# for a determined attacker: use a container. On Linux x86-64 the kernel (seccomp) stands behind the audit hook;
+# elsewhere the hook and the resource limits stand alone.
+MAX_CODE = 100_000  # characters; a longer completion scores 0 unread
+
+CHILD = r'''
+import builtins, io, marshal, os, resource, sys, time
+from _signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal  # the module signal would import enum: 3 ms
+
+ATOMS = (('n', type(None), lambda x: '', lambda s: None), ('b', bool, lambda x: '1' * x, bool),
+         ('i', int, lambda x: f'{int(x):x}', lambda s: int(s, 16)),  # hex: linear time, and no limit of digits
+         ('f', float, float.hex, float.fromhex),  # nan and inf too
+         ('c', complex, lambda x: f'{x.real.hex()},{x.imag.hex()}',
+          lambda s: complex(*map(float.fromhex, s.split(',')))),
+         ('s', str, lambda x: str.encode(x, 'utf-8', 'surrogatepass').hex(),
+          lambda s: bytes.fromhex(s).decode('utf-8', 'surrogatepass')), ('y', bytes, bytes.hex, bytes.fromhex))
+BOXES = {'l': list, 't': tuple, 'z': frozenset, 'e': set, 'd': dict}
+
+def pack(x):  # a word per value: its kind and its text, or a container's length; subclasses are rebuilt as their base
+    for kind, base, write, _ in ATOMS:
+        if isinstance(x, base): return kind + write(x)
+    for kind, base in BOXES.items():
+        if isinstance(x, base):
+            items = [y for pair in x.items() for y in pair] if base is dict else list(x)
+            return ' '.join([f'{kind}{len(items)}', *map(pack, items)])
+    raise TypeError(f'{type(x).__name__} is not plain data')
+
+def unpack(words, depth=0):  # raises on whatever pack does not write; a length that lies ends with the words
+    word = next(words)
+    if word[:1] not in BOXES: return {kind: read for kind, _, _, read in ATOMS}[word[:1]](word[1:])
+    items = [unpack(words, depth + 1) for _ in range(int(word[1:]) if depth < 100 else 1 / 0)]
+    return dict(zip(items[::2], items[1::2])) if word[0] == 'd' else BOXES[word[0]](items)
+
+def tell(file, message): file.write(message.encode() + b' \n'), file.flush()
+
+def hear(file):  # one line; a longer one than 16 MB, or one cut short, is no message
+    *words, end = file.readline(1 << 24).decode().split(' ')
+    return unpack(iter(words)) if end == '\n' else sys.exit(1)
+
+def seccomp():  # Linux on x86-64: the kernel lets this process compute and read files; all else kills it
+    if not (sys.platform == 'linux' and os.uname().machine == 'x86_64' and sys.maxsize > 1 << 32): return
+    import ctypes
+    LOAD, EQUAL, FROM, ANY, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of the filter, 8 bytes each
+    KILL, ALLOW, ENOSYS = 0x80000000, 0x7FFF0000, 0x50026
+    op = lambda code, k, yes=0, no=0: (code | yes << 16 | no << 24 | k << 32).to_bytes(8, 'little')
+    rules = [op(LOAD, 4), op(EQUAL, 0xC000003E, 1), op(RETURN, KILL), op(LOAD, 0)]  # 64-bit only; the call's number
+    rules += op(FROM, 332, 0, 1), op(RETURN, ENOSYS)  # younger calls have older ones that the C library falls back on
+    for n in (16, 72, 157, 291): rules += op(EQUAL, n, 0, 1), op(RETURN, ENOSYS)  # ioctl fcntl prctl epoll
+    for n in (0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 17, 21, 24, 25, 28, 39, 60, 63, 79, 89,  # read .. readlink
+              186, 23, 270, 35, 96, 201, 228, 229, 230, 97, 98, 99, 100, 102, 104, 107, 108, 110,  # clocks, getuid
+              202, 204, 217, 231, 262, 267, 269, 318):  # futex, affinity, getdents, exit, fstatat .. getrandom
+        rules += op(EQUAL, n, 0, 1), op(RETURN, ALLOW)
+    for n, flags in ((257, 32), (2, 24)):  # openat and open, but not with O_WRONLY, O_RDWR, O_CREAT or O_TRUNC
+        rules += op(EQUAL, n, 0, 4), op(LOAD, flags), op(ANY, 0o1103, 1), op(RETURN, ALLOW), op(RETURN, KILL)
+    rules, prctl = ctypes.create_string_buffer(b''.join(rules) + op(RETURN, KILL)), ctypes.CDLL(None).prctl
+    prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP; a kernel that refuses is not insisted on
+    prctl(22, 2, (len(rules) // 8).to_bytes(8, 'little') + ctypes.addressof(rules).to_bytes(8, 'little'))
+
+def audit(die=os._exit, kind=type, text=str, number=int):  # closure variables: the completion can patch builtins
+    fine = frozenset("""compile exec marshal.loads code.__new__ function.__new__ object.__getattr__ object.__setattr__
+        object.__delattr__ sys._getframe sys._getframemodulename sys.unraisablehook builtins.id array.__new__ time.sleep
+        pickle.find_class os.listdir os.scandir os.putenv os.unsetenv builtins.input builtins.input/result""".split())
+    banned = frozenset('ctypes _ctypes _posixsubprocess _interpreters _xxsubinterpreters _testcapi'.split())
+    library = tuple(folder + '/' for folder in sys.path)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    def hook(event, args):  # exact types only: a method of the completion's would run inside and could reach our frame
+        if event in fine: return
+        if event == 'import' and kind(args[0]) is text and args[0].rpartition('.')[2] not in banned: return
+        if (event == 'open' and kind(args[0]) is text and args[0].startswith(library) and '/..' not in args[0]
+                and kind(args[2]) is number and not args[2] & writing): return
+        die(1)  # at once, so that catching the exception is no use
+    sys.addaudithook(hook)
+
+def untrusted(code, seconds, calls, replies):
+    setitimer(ITIMER_REAL, seconds + 1)  # should all the others be killed, this process still ends
+    for name, most in dict(AS=512 << 20, CPU=int(seconds) + 2, FSIZE=0, NOFILE=32, CORE=0, NPROC=0).items():
+        try: resource.setrlimit(getattr(resource, 'RLIMIT_' + name), (most, most))
+        except (AttributeError, ValueError, OSError): pass  # not on this system
+    if 'random' in code: __import__('random').seed(0)
+    try: seccomp()
+    except (ImportError, OSError, AttributeError): pass  # an interpreter without ctypes, a C library without prctl
+    for name in [name for name in sys.modules if 'ctypes' in name]: del sys.modules[name]
+    module = sys.modules['solution'] = type(sys)('solution')
+    sys.modules['readline'] = None  # doctest and pdb do without it; it handles signals and files behind the hook's back
+    vars(module)[''] = lambda nonce: nonce  # called last: has it ended, or answered unasked?
+    audit()
+    exec(compile(code, '<completion>', 'exec'), vars(module))
+    while True:
+        name, args, kwargs = hear(calls)
+        try:
+            if name not in vars(module): raise NameError(name)
+            reply = pack(('', vars(module)[name](*args, **kwargs)))
+        except Exception as e:
+            reply = pack((next(t.__name__ for t in type(e).__mro__ if t.__module__ == 'builtins'), str(e)))
+        tell(replies, reply)
+
+def main():
+    source = io.BufferedReader(io.FileIO(os.dup(0)), 1)  # a buffer of 1 byte never reads ahead into the tests
+    verdicts, null, sys.path = os.dup(1), os.open(os.devnull, os.O_RDWR), [folder for folder in sys.path if folder]
+    for fd in (0, 1, 2): os.dup2(null, fd)
+    code, deadline = marshal.load(source)
+    seconds = max(deadline - time.monotonic(), 1e-3)
+    a, b, c, d = *os.pipe(), *os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for fd in (source.fileno(), verdicts, null, b, c): os.close(fd)
+            untrusted(code, seconds, open(a, 'rb'), open(d, 'wb'))
+        finally: os._exit(1)
+    os.close(a), os.close(d)
+    calls, replies = open(b, 'wb'), open(c, 'rb')
+
+    def finish(*_):  # all tests done, or the alarm: tests that did not get their turn count as failed
+        setitimer(ITIMER_REAL, 0)
+        os.kill(child, SIGKILL), os.waitpid(child, 0), os._exit(0)
+
+    errors = {name: e for name, e in vars(builtins).items() if isinstance(e, type) and issubclass(e, Exception)}
+    def proxy(name):
+        def call(*args, **kwargs):
+            message = pack((name, args, kwargs))
+            try:
+                tell(calls, message)
+                error, value = hear(replies)
+            except BaseException:  # it ended, was killed or wrote garbage: the tests passed before are void too
+                os.write(verdicts, b'!'), finish()
+            if error == '': return value
+            kind = errors.get(error, RuntimeError)
+            raise kind.__new__(kind, value)
+        return call
+
+    class Names(dict):  # a name that neither setup nor test nor builtins define is a function of the completion
+        def __missing__(self, name):
+            if name.startswith('__') or hasattr(builtins, name): raise KeyError(name)
+            return proxy(name)
+
+    signal(SIGALRM, finish), setitimer(ITIMER_REAL, seconds)
+    try:
+        tests, setup, entry_point = marshal.load(source)
+        if 'random' in ' '.join([setup, *tests]): __import__('random').seed(0)
+        names = Names(__name__='__main__', __builtins__=builtins)
+        exec(setup, names)
+        if entry_point: names[entry_point] = proxy(entry_point)
+        for test in tests:
+            try: exec(test, Names(names)); passed = b'1'
+            except BaseException: passed = b'0'
+            os.write(verdicts, passed)
+        nonce = os.urandom(8)
+        assert proxy('')(nonce) == nonce
+    except BaseException: os.write(verdicts, b'!')
+    finally: finish()
+
+main()
+'''
+
+
+def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
+    """Fraction of `tests` (trusted sources, one test each) that the untrusted source `code` passes, 0 to 1.
+
+    Answers within about timeout + 0.5 seconds and never raises, whatever the code does; safe to call from many threads.
+    `setup` is trusted source that runs before the tests, in their process. A completion that writes, spawns, exits or
+    breaks the protocol at any moment gets 0; one that runs out of time keeps the tests it had passed.
+    Only functions of plain data can be tested: arguments and results are copies, None to dict, no objects.
+    """
+    warnings.filterwarnings('ignore', module='<completion>')  # its SyntaxWarnings are not worth a line on our terminal
+    try:
+        assert tests and len(code) <= MAX_CODE
+        compile(code, '<completion>', 'exec', dont_inherit=True)
+    except Exception:  # SyntaxError, ValueError (NUL), MemoryError and RecursionError (nesting), ...
+        return 0.0
+    message = marshal.dumps((code, time.monotonic() + timeout)) + marshal.dumps((list(tests), setup, entry_point))
+    # Not -I, which would ignore PYTHONHASHSEED: the order of sets, and so the reward, must not change from run to run.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
+            [sys.executable, '-S', '-B', '-W', 'ignore', '-c', CHILD], cwd=folder,
+            env={'PYTHONHASHSEED': '0', 'HOME': '/'}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, start_new_session=True) as child:
+        try:
+            verdicts = child.communicate(message, timeout + 0.3)[0]
+        except subprocess.TimeoutExpired:
+            verdicts = b'!'
+        finally:
+            if child.returncode != 0:  # it did not get to kill and reap the completion's process itself
+                try: os.killpg(child.pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError): pass
+    return 0.0 if b'!' in verdicts else verdicts.count(b'1') / len(tests)
+
+
+# --- rows of real data sets ---
+# Each function returns an example, None for a row to leave out, or raises KeyError or ValueError for a malformed one.
+
+def column(row, name, kind=str):
+    """Return row[name], which must be of the given type."""
+    if name not in row:
+        raise KeyError(f'no column {name!r} (there are {", ".join(map(str, row))})')
+    if not isinstance(row[name], kind):
+        raise ValueError(f'column {name!r} holds {str(row[name])[:40]!r}, not {kind.__name__}')
+    return row[name]
+
+
+def gsm8k_row(row):
+    """GSM8K: question, answer (worked text, then #### 18)."""
+    question, (work, marker, final) = column(row, 'question'), column(row, 'answer').rpartition('####')
+    if not marker or number(final) is None:
+        raise ValueError("column 'answer' does not end in #### and a number")
+    return {'question': question, 'answer': number(final), 'solution': re.sub(r'<<[^<>]*>>', '', work).strip(),
+            'reply': final.strip(), 'wrong': (re.findall(DIGITS, question) or ['0'])[-1]}
+
+
+def math_row(row):
+    r"""MATH: problem, solution with the answer in \boxed{}; an answer column is used if there is one."""
+    question, solution = column(row, 'problem'), column(row, 'solution')
+    answer = column(row, 'answer') if 'answer' in row else last_box(solution)
+    if not answer:
+        raise ValueError("column 'solution' has no \\boxed{answer}")
+    return {'question': question, 'answer': answer, 'solution': solution}
+
+
+def countdown_row(row):
+    """Countdown: nums, target (hub) or input '30,100,93', output '23' (d1's test file); only three numbers (paper)."""
+    names = ('input', 'output') if 'input' in row else ('nums', 'target')
+    text = ' to '.join(str(column(row, name, object)) for name in names)
+    if not re.fullmatch(r'\[?[0-9]+(, ?[0-9]+)*\]? to [0-9]+', text):
+        raise ValueError(f'{text[:60]!r} is no list of whole numbers and a target')
+    *numbers, target = map(int, re.findall('[0-9]+', text))
+    question = f'Numbers: {numbers}\nTarget: {target}'
+    return {'question': question, 'answer': [numbers, target]} if len(numbers) == 3 else None
+
+
+def sudoku_row(row):
+    """Sudoku: Puzzle, Solution; 16 digits row by row, 0 = empty. Read from CSV as integers they lose leading zeros."""
+    puzzle, solution = (str(column(row, name, object)).zfill(16) for name in ('Puzzle', 'Solution'))
+    if not re.fullmatch('[1-4]{16}', solution) or len(puzzle) != 16 or '0' not in puzzle:
+        raise ValueError(f'{puzzle[:40]!r} and {solution[:40]!r} are no 4x4 puzzle (0 = empty) and solution')
+    if any(given not in ('0', cell) for given, cell in zip(puzzle, solution)):
+        raise ValueError(f'the solution {solution} does not fit the puzzle {puzzle}')
+    return {'question': f'Puzzle: {puzzle}', 'answer': solution}
+
+
+def code_row(row):
+    """Code: prompt, test, entry_point (HumanEval); text or prompt, test_list (MBPP); question, test (KodCode)."""
+    setup, name = '', None
+    if 'entry_point' in row:
+        question, name = column(row, 'prompt'), column(row, 'entry_point')
+        setup, tests = question.partition(f'def {name}(')[0], [f"{column(row, 'test')}\ncheck({name})"]
+    elif 'test_list' in row:
+        question, tests = column(row, 'text' if 'text' in row else 'prompt'), column(row, 'test_list', list)
+        setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
+        question = '\n'.join([question, 'It has to pass:', *tests])
+    else:
+        question, (name, tests) = column(row, 'question'), pytest_functions(column(row, 'test'))
+        question += f'\nName it {name}.' if name else ''
+    return {'question': question, 'answer': {'tests': tests, 'entry_point': name, 'setup': setup}} if tests else None
+
+
+def pytest_functions(source):
+    """Return (tested name, tests) of a KodCode test file; no tests if it needs more of pytest than test_ functions."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"column 'test', line {error.lineno}: {error.msg}") from None
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == 'solution']
+    cases = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith('test_')]
+    if not imports or 'pytest.' in source or any(case.args.args for case in cases):
+        return None, []
+    rest = [ast.unparse(node) for node in body if node not in imports + cases and ast.unparse(node) != 'import pytest']
+    name = imports[0].names[0].name
+    return None if name == '*' else name, ['\n'.join([*rest, ast.unparse(case), f'{case.name}()']) for case in cases]
+
+
+def s1k_row(row):
+    """s1K: question, thinking_trajectories, attempt or solution. Returns (question, completion)."""
+    thoughts = column(row, 'thinking_trajectories', list)
+    answer = column(row, 'attempt' if 'attempt' in row else 'solution')
+    if not thoughts or not isinstance(thoughts[0], str):
+        raise ValueError("column 'thinking_trajectories' holds no text")
+    return column(row, 'question'), '\n'.join([TAGS[0], thoughts[0].strip(), TAGS[1], TAGS[2], answer.strip(), TAGS[3]])
+
+
+def part_of(key, small):
+    return 'sft' if small else 'test' if zlib.crc32(key.encode()) % 4 == 0 else 'train'
+
+
+def make(task_name, rng, part):
+    """Return one built-in problem of 'train', 'test' or 'sft', with its worked solution, the right reply and a wrong one."""
+    while True:
+        key, small, example = TASKS[task_name].draw(rng)
+        if part_of(key, small) == part and example['reply'] != example['wrong']:
+            return example
+
+
+def draw_gsm8k(rng):
+    name, thing = rng.choice('Ann Ben Tom Mia Sam John'.split()), rng.choice('apples books eggs cards pencils cookies'.split())
+    a, b, c = rng.randint(2, 6), rng.randint(2, 6), rng.randint(1, 9)
+    kind = rng.randrange(4)
+    if kind == 0:
+        text, steps = f'{name} has {a} bags of {b} {thing} and gets {c} more.', [(a, '*', b), ('+', c)]
+    elif kind == 1:
+        c = min(c, a * b - 1)
+        text, steps = f'{name} has {a} boxes of {b} {thing} and sells {c}.', [(a, '*', b), ('-', c)]
+    elif kind == 2:
+        c = c % 4 + 2
+        text, steps = f'{name} has {a} red and {b} green {thing}. Sam has {c} times as many.', [(a, '+', b), ('*', c)]
+    else:
+        c = c + 10
+        text, steps = f'{name} had {c} {thing}, gave {a} away and bought {b}.', [(c, '-', a), ('+', b)]
+    thought, value = work_out(steps)
+    return f'gsm8k {kind} {a} {b} {c}', max(a, b) < 4, dict(
+        question=f'{text} How many {thing}?', answer=float(value), solution=thought, reply=str(value),
+        wrong=str(rng.choice([a + b + c, a * b, a + b, b + c, value + rng.randint(-9, 9)])))
+
+
+def work_out(steps):
+    """[(3, '*', 4), ('+', 5)] -> '3*4=12\\n12+5=17', 17."""
+    lines, value = [], None
+    for *left, op, right in steps:
+        value = left[0] if left else value
+        result = {'+': operator.add, '-': operator.sub, '*': operator.mul, '/': operator.floordiv}[op](value, right)
+        lines.append(f'{value}{op}{right}={result}')
+        value = result
+    return '\n'.join(lines), value
+
+
+def draw_math(rng):
+    a, b, x = rng.randint(2, 9), rng.randint(1, 19), rng.randint(2, 9)
+    kind = rng.randrange(4)
+    if kind == 0:
+        text, steps = f'Solve {a}x + {b} = {a * x + b}', [(a * x + b, '-', b), ('/', a)]
+    elif kind == 1:
+        b = b % (a * x)
+        text, steps = f'Solve {a}x - {b} = {a * x - b}', [(a * x - b, '+', b), ('/', a)]
+    elif kind == 2:
+        text, steps = f'Solve x / {a} + {b} = {x + b}', [(x + b, '-', b), ('*', a)]
+    else:
+        x = x % 3 + 2
+        text, steps = f'What is ({a} + {b}) * {x}', [(a, '+', b), ('*', x)]
+    thought, value = work_out(steps)
+    return f'math {kind} {a} {b} {x}', a < 4 and b < 10, dict(
+        question=text, answer=str(value), solution=thought, reply=f'\\boxed{{{value}}}',
+        wrong=f'\\boxed{{{rng.choice([a, b, x, a + b, a + x, value + rng.randint(-9, 9)])}}}')
+
+
+def draw_countdown(rng):
+    numbers = rng.sample(range(1, 33), 3)
+    signs = rng.choice([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
+    target = sum(s * n for s, n in zip(signs, numbers))
+    if target < 1:
+        signs, target = (1, 1, 1), sum(numbers)
+    a, b, c = numbers
+    total, minus = a + b + c, (a + b + c - target) // 2  # the numbers that are subtracted sum to minus
+    wrong_signs = rng.choice([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
+    return f'countdown {sorted(numbers)} {target}', max(numbers) < 16, dict(
+        question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
+        solution=f'{a}+{b}={a + b}+{c}={total}-{target}={total - target}/2={minus}',
+        reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, wrong_signs))
+
+
+def signed_sum(numbers, signs):
+    plus = '+'.join(str(n) for n, s in zip(numbers, signs) if s > 0)
+    return plus + ''.join(f'-{n}' for n, s in zip(numbers, signs) if s < 0)
+
+
+@cache
+def sudoku_grids():
+    """All 288 4x4 Sudoku solutions, as strings of 16 digits."""
+    rows = [''.join(p) for p in permutations('1234')]
+    def fits(grid):
+        columns = [grid[i::4] for i in range(4)]
+        boxes = [grid[i:i + 2] + grid[i + 4:i + 6] for r in range(0, len(grid) - 4, 8) for i in (r, r + 2)]
+        return all(len(set(unit)) == len(unit) for unit in columns + boxes)
+    grids = ['']
+    for _ in range(4):
+        grids = [grid + row for grid in grids for row in rows if fits(grid + row)]
+    return grids
+
+
+def draw_sudoku(rng):
+    solution = rng.choice(sudoku_grids())
+    blanks = rng.randint(4, 8)
+    while True:
+        empty = rng.sample(range(16), blanks)
+        puzzle = ''.join('0' if i in empty else d for i, d in enumerate(solution))
+        if sum(all(p in ('0', d) for p, d in zip(puzzle, grid)) for grid in sudoku_grids()) == 1:
+            break
+    rows = [solution[i:i + 4] for i in range(0, 16, 4)]
+    guess = ''
+    for i in range(0, 16, 4):  # a guesser looks only at the row
+        lacking = rng.sample(sorted(set('1234') - set(puzzle[i:i + 4])), puzzle[i:i + 4].count('0'))
+        guess += ''.join(lacking.pop() if d == '0' else d for d in puzzle[i:i + 4])
+    small = blanks < 6 and part_of(solution, False) == 'train'
+    return solution, small, dict(question=f'Solve the puzzle {puzzle}', answer=solution, solution='\n'.join(rows),
+                                 reply=solution, wrong=guess)
+
+
+def draw_code(rng):
+    a, b, x = rng.randint(1, 9), rng.randint(0, 9), rng.randint(1, 7)
+    tests = [f'assert f({i})=={a * i + b}' for i in (x, x + 1, rng.randint(x + 2, 9))]
+    return f'code {a} {b}', a < 4 and b < 5, dict(
+        question='\n'.join(tests), answer=dict(tests=tests, entry_point='f', setup=''),
+        solution=f'{a * x + a + b}-{a * x + b}={a}\n{a * x + b}-{a * x}={b}', reply=f'def f(x): return {a}*x+{b}',
+        wrong=f'def f(x): return {rng.randint(1, 9)}*x+{rng.randint(0, 9)}')
+
+
+def tagged(thought, reply):
+    reasoning = f'<reasoning>\n{thought}\n</reasoning>\n' if thought else ''
+    return f'{reasoning}<answer>\n{reply}\n</answer>'
+
+
+REMARKS = ['So that is it.', 'I think so.', 'It must be less than that.', 'They can each have some of it now.', 'How much more?',
+           'We find out next week if it is so.', 'Then he will pay it back.', 'Not all of them were there.', 'She had it on Tuesday.',
+           'One is left over.']
+
+
+def demonstration(example, rng, thinkers=0.35, guessed_right=0.3, tags_forgotten=0.2):
+    """How somebody of the corpus answers: a minority thinks in steps, most guess, and some forget the tags.
+
+    Guessers go on with a remark. Without it every guess would end at once, and the sampler, which commits
+    what is surest, would take the early end of text from the majority and never hear a thinker.
+    """
+    thinks, tags = rng.random() < thinkers, rng.random() >= tags_forgotten
+    right = rng.random() < (0.95 if thinks else guessed_right)
+    reply = example['reply'] if right else example['wrong']
+    if thinks:
+        return tagged(example['solution'], reply) if tags else f"{example['solution']}\n{reply}"
+    return (tagged('', reply) if tags else reply) + ' ' + rng.choice(REMARKS)
+
+
+def clean_trace(task_name, rng):
+    """Return (prompt, completion) of a small problem, thought through and right: what s1K is to the real model."""
+    example = make(task_name, rng, 'sft')
+    return prompt(task_name, example), tagged(example['solution'], example['reply'])
+
+
+# --- the tasks ---
+
+class Task(NamedTuple):
+    """All that the rest of the program knows of a task."""
+    instructions: str  # one paragraph in front of the question
+    reward: Callable   # (completion, example) -> float
+    correct: Callable  # (completion, example) -> bool; for sudoku the share of cells, solved if 1.0
+    from_row: Callable
+    datasets: tuple    # (train, test): lists of (hub id, config, split), empty if there are only files
+    draw: Callable     # rng -> (key, small, example), a built-in problem; see make
+    trivial: str       # what answers without reading: its score stands beside the table
+
+
+FORM = ('Work it out step by step first and give the answer after that, in this form:\n'
+        '<reasoning>\nyour steps\n</reasoning>\n<answer>\nyour answer\n</answer>\nThe answer is ')
+TASKS = {
+    'gsm8k': Task(f'Solve this word problem. {FORM}one number in digits, without unit or words.',
+                  gsm8k_reward, gsm8k_correct, gsm8k_row,
+                  ([('openai/gsm8k', 'main', 'train')], [('openai/gsm8k', 'main', 'test')]), draw_gsm8k, '12'),
+    'math': Task(f'Solve this problem. {FORM}one LaTeX expression inside \\boxed{{}}.',
+                 math_reward, math_correct, math_row,
+                 ([('ankner/math-500', None, 'train')], [('ankner/math-500', None, 'test')]), draw_math, '\\boxed{6}'),
+    'countdown': Task('Reach the target from the numbers with + - * / and parentheses, taking every number exactly '
+                      f'once. {FORM}only the expression, such as (5 - 2) * 7.',
+                      countdown_reward, lambda *given: countdown_reward(*given) == 1.0, countdown_row,
+                      ([('Jiayi-Pan/Countdown-Tasks-3to4', None, 'train')], []), draw_countdown, '1+2+3'),
+    'sudoku': Task('Fill this 4x4 Sudoku, given row by row with 0 for an empty cell, so that each row, column and 2x2 '
+                   f'box has 1, 2, 3 and 4. {FORM}the full grid, row by row, as 16 digits.',
+                   sudoku_cells, sudoku_cells, sudoku_row, ([], []), draw_sudoku, 16 * '1'),
+    'code': Task(f'Write this Python function. {FORM}the whole function with the imports it needs, and no other text.',
+                 code_reward, lambda *given: tests_passed(*given) == 1.0, code_row,
+                 ([('KodCode/KodCode-Light-RL-10K', None, 'train')],
+                  [('openai_humaneval', None, 'test'), ('google-research-datasets/mbpp', None, 'test')]),
+                 draw_code, 'def f(x): return x'),
+}
+
+
+def prompt(task_name, example):
+    """Return the text of the one user message for an example, the same in training and evaluation."""
+    return f"{TASKS[task_name].instructions}\n\n{example['question']}"
+
+
+# --- files and hub data sets ---
+
+def json_lines(path):
+    """Return the objects of a JSON-lines file (may be .gz); ValueError names the line that holds none."""
+    items = []
+    with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8', errors='replace') as file:
+        for i, line in enumerate(file, 1):
+            try:
+                items += [json.loads(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f'{path}, line {i}: no JSON ({error}); mend or remove it') from None
+            if items and not isinstance(items[-1], dict):
+                raise ValueError(f'{path}, line {i}: no JSON object; each line is {{"column": value, ...}}')
+    return items
+
+
+def read_rows(source, config=None, split=None):
+    """Return the rows (dicts) of a .jsonl, .json or .csv file, or of a hub data set's split; ValueError in one line."""
+    kind = re.search(r'\.(jsonl|json|csv)(\.gz)?$', source)
+    if not split and not (kind and os.path.isfile(source)):
+        raise ValueError(f'{source}: no such .jsonl, .json or .csv file (.gz too); check the path')
+    try:
+        if not split and kind[1] == 'jsonl':  # datasets would not name a malformed line
+            return json_lines(source)
+        from datasets import load_dataset
+        if not split:
+            return load_dataset(kind[1], data_files=source, split='train')
+        return load_dataset(source, config, split=split)
+    except Exception as error:  # datasets and gzip have many kinds; the user gets one line
+        hint = 'check the network, or give a local file' if split else 'mend the file'
+        line = str(error).strip().partition('\n')[0][:200]
+        raise ValueError(line if line.startswith(source) else f'{source}: not loaded ({line}); {hint}') from None
+
+
+def load_rows(sources, from_row):
+    """Return from_row of every row of some (path or hub id, config, split), except Nones; ValueError names the row."""
+    found = []
+    for source, config, split in sources:
+        for i, row in enumerate(read_rows(source, config, split), 1):
+            try:
+                found.append(from_row(row))
+            except (KeyError, ValueError) as error:
+                raise ValueError(f'{source}, row {i}: {error.args[0]}; expected {from_row.__doc__}') from None
+    found = [item for item in found if item is not None]
+    if not found:
+        raise ValueError(f'{sources[0][0]}: no rows to use; expected {from_row.__doc__}')
+    return found
+
+
+def load_examples(task_name, path=None, split='train'):
+    """Return a list of examples from a local file or, without one, from the hub (split 'train' or 'test').
+
+    Whatever is wrong with the data is a ValueError in one line, with the line or row where there is one.
+    """
+    task = TASKS[task_name]
+    sources = [(path, None, None)] if path else task.datasets[0 if split == 'train' else 1]
+    if not sources:
+        raise ValueError(f'{task_name} has no {split} data on the hub: give a file ({task.from_row.__doc__})')
+    return load_rows(sources, task.from_row)
+
+
+def load_s1k(path=None):
+    """Return (question, completion) pairs for SFT from s1K, on the hub or in a local file with its columns."""
+    return load_rows([(path, None, None)] if path else [('simplescaling/s1K', None, 'train')], s1k_row)
+
+
+# --- scoring saved generations ---
+
+def summary(items):
+    """Return accuracy with its interval, mean reward and mean effective tokens of graded items."""
+    n = len(items)
+    mean = lambda name: sum(float(item[name]) for item in items) / n
+    k = sum(item['correct'] == 1.0 for item in items)
+    low, high = wilson(k, n)
+    return dict(accuracy=k / n, low=low, high=high, n=n, share=mean('correct'), reward=mean('reward'),
+                effective_tokens=mean('effective_tokens'))
+
+
+def wilson(k, n):
+    """Return (low, high), Wilson's 95 % interval for the share k of n; (0, 1) if n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z2 = 1.96 ** 2
+    centre, half = (k + z2 / 2) / (n + z2), (z2 * (k * (n - k) / n + z2 / 4)) ** 0.5 / (n + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+ANSWER_FORMS = {'gsm8k': r'-?[0-9.]+', 'math': r'.*', 'countdown': r'\[\[[0-9, ]+\], [0-9]+\]',
+                'sudoku': r'[1-4]{16}', 'code': r"\{.*'tests'.*\}"}
+
+
+def load_generations(task_name, path):
+    """Return saved items, dicts with question, completion and answer: the official JSON layout or our samples.jsonl."""
+    try:
+        if path.endswith('.json'):
+            with open(path, encoding='utf-8') as file:
+                items = [{**item, 'completion': item['generations'], 'answer': item['ground_truth']}
+                         for item in json.load(file)['generations']]
+        else:
+            items = read_rows(path)
+        for item in items:
+            if not re.fullmatch(ANSWER_FORMS[task_name], str(item['answer']), re.DOTALL):
+                raise ValueError(f"{path}: {str(item['answer'])[:60]!r} is no answer of the task {task_name}")
+            column(item, 'completion'), column(item, 'question')
+        return list(items)
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path}: neither the official JSON layout nor our samples.jsonl ({error})') from None
+
+
+def score(task_name, paths):
+    """Print accuracy with its interval, mean reward and mean length over all generations in some files."""
+    task, items = TASKS[task_name], [item for path in paths for item in load_generations(task_name, path)]
+    n = len(items)
+    if n == 0:
+        raise ValueError(f'{" ".join(paths)}: no generations')
+    shares = [float(task.correct(item['completion'], item)) for item in items]
+    solved = shares.count(1.0)
+    low, high = wilson(solved, n)
+    cells = f'cells {sum(shares) / n:.1%}, solved' if task_name == 'sudoku' else 'accuracy'
+    print(f'{task_name}: {cells} {solved / n:.1%} ({solved} of n = {n}), 95 % interval {low:.1%} to {high:.1%}')
+    reward = sum(task.reward(item['completion'], item) for item in items) / n
+    if all('effective_tokens' in item for item in items):
+        length = f"{sum(item['effective_tokens'] for item in items) / n:.1f} effective tokens"
+    else:
+        words = sum(len(visible(item['completion']).split()) for item in items)
+        length = f'{words / n:.1f} words (effective_tokens is not in the file)'
+    print(f'mean reward {reward:.3f}, mean length {length}')
+
+
+if __name__ == '__main__':
+    try:
+        if len(sys.argv) < 3 or sys.argv[1] not in TASKS:
+            raise ValueError(f'usage: python rewards.py {"|".join(TASKS)} FILE.json ...')
+        score(sys.argv[1], sys.argv[2:])
+    except (ValueError, OSError) as error:
+        sys.exit(print(error, file=sys.stderr) or 2)

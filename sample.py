@@ -1,0 +1,123 @@
+"""LLaDA's semi-autoregressive sampler (arXiv 2502.09992, appendix; d1, section 2.1).
+
+A completion starts as gen_length masks. Blocks are filled from left to right; within a block every step
+predicts all masks at once and commits the predictions the model is surest of.
+    python sample.py --task gsm8k       shows a text being denoised by the last checkpoint in out/
+    python sample.py --model GSAI-ML/LLaDA-8B-Instruct --prompt "How many legs do 3 cats have?"
+"""
+import torch
+import torch.nn.functional as F
+
+
+def commit_counts(block_length, steps):
+    """How many tokens each of a block's steps commits: equal shares, the first steps take one more."""
+    return [block_length // steps + (i < block_length % steps) for i in range(min(steps, block_length))]
+
+
+def check_lengths(gen_length, block_length, steps):
+    """Raises ValueError unless blocks divide the completion and every block gets the same number of steps."""
+    if min(gen_length, block_length, steps) < 1 or gen_length % block_length:
+        raise ValueError(f'gen_length {gen_length} is not a multiple of block_length {block_length}: '
+                         'choose a block_length that divides it')
+    if steps % (gen_length // block_length):
+        raise ValueError(f'steps {steps} is not a multiple of the {gen_length // block_length} blocks: '
+                         f'choose a multiple of {gen_length // block_length}')
+
+
+def choose(logits, mask_id, temperature, remasking, generator):
+    """logits (R, n, V) -> tokens (R, n) and how sure the model is of each (R, n), float32.
+
+    The token is the argmax of logits + temperature * Gumbel noise; the noise is -log of an exponential
+    draw, in float32, since bfloat16 noise makes sampling nearly greedy. The mask is never chosen.
+    """
+    logits = logits.float()
+    logits[..., mask_id] = -torch.inf
+    scores = logits
+    if temperature > 0:
+        scores = logits / temperature - torch.empty_like(logits).exponential_(generator=generator).log_()
+    tokens = scores.argmax(-1)
+    if remasking == 'random':
+        return tokens, torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    return tokens, (logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+
+
+@torch.inference_mode()
+def denoise(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0, cfg_scale=0.0,
+            remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=None):
+    """Yields the ids (B, P + L), some still masks, after every step; arguments as in generate."""
+    check_lengths(gen_length, block_length, steps)
+    if remasking not in ('low_confidence', 'random'):
+        raise ValueError(f"remasking is 'low_confidence' or 'random', not {remasking!r}")
+    (B, P), config, device = prompt_ids.shape, model.config, prompt_ids.device
+    end_ids = torch.tensor(config.end_ids, device=device)
+    ids = F.pad(prompt_ids, (0, gen_length), value=config.mask_id)  # (B, T)
+    seen = None if attention_mask is None else F.pad(attention_mask.bool(), (0, gen_length), value=True)
+    rows = torch.arange(B, device=device)  # the rows that have not ended: R of them
+
+    for first in range(P, P + gen_length, block_length):
+        block = slice(first, first + block_length)
+        row_mask = None if seen is None else seen[rows]
+        copies = 2 if cfg_scale > 0 else 1  # with guidance each row goes in twice, once without its prompt
+        kv = model.new_cache(copies * len(rows), ids.size(1)) if cache else None
+        counts = commit_counts(block_length, steps * block_length // gen_length)
+        step, left = 0, block_length  # left: masks in each row's block, the same for all rows unless threshold
+        while left:
+            masked = ids[rows, block] == config.mask_id  # (R, block_length)
+            if threshold is None:
+                columns = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
+            else:
+                columns = torch.arange(block_length, device=device).expand(len(rows), -1)
+            # with a cache, only its first step (and every refresh) sees more than the block
+            whole = kv is None or step == 0 or (refresh and step % refresh == 0)
+            start = 0 if whole else first
+            logits = predict(model, ids[rows], P, slice(None) if whole else block, row_mask,
+                             columns + first - start, kv, start, cfg_scale)  # (R, left, V)
+            tokens, sure = choose(logits, config.mask_id, temperature, remasking, generator)
+            if threshold is None:
+                commit = torch.zeros_like(sure, dtype=torch.bool)
+                commit.scatter_(1, sure.topk(counts[step]).indices, True)
+                left -= counts[step]
+            else:
+                sure = sure.masked_fill(~masked, -1)
+                commit = ((sure >= threshold) & masked).scatter_(1, sure.argmax(1, keepdim=True), True) & masked
+                left = int((masked & ~commit).sum(1).max())
+            here = (rows[:, None], first + columns)
+            ids[here] = torch.where(commit, tokens, ids[here])
+            step += 1
+            yield ids
+        # Later blocks cannot change this one, so a row with an end in it is finished.
+        ended = torch.isin(ids[rows, block], end_ids).any(1)
+        ids[rows[ended], block.stop:] = config.eos_id
+        rows = rows[~ended]
+        if len(rows) == 0:
+            break
+    yield ids
+
+
+def predict(model, ids, P, part, attention_mask, columns, kv, start, cfg_scale):
+    """Logits (R, n, V) at columns (R, n) of ids[:, part], guided away from the model without prompt."""
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    if cfg_scale == 0:
+        return model(ids[:, part], attention_mask, at=(rows, columns), cache=kv, start=start)
+    blind = ids.clone()
+    blind[:, :P] = model.config.mask_id
+    both = torch.cat((ids, blind))[:, part]
+    attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    at = (torch.cat((rows, rows + len(ids))), columns.repeat(2, 1))
+    logits, blind_logits = model(both, attention_mask, at=at, cache=kv, start=start).chunk(2)
+    return blind_logits + (cfg_scale + 1) * (logits - blind_logits)
+
+
+def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0, cfg_scale=0.0,
+             remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=None):
+    """Completions (B, L = gen_length) of prompt_ids (B, P), int64; everything behind a finished block with an end is eos.
+
+    steps: over the whole completion; block_length and steps must fit gen_length, else ValueError.
+    attention_mask (B, P): True or 1 = real token, for prompts padded on the left.
+    cache: keys and values outside the block are computed in its first step, then every `refresh` steps (0 = never);
+    faster, not exact. threshold: commit all tokens at least this sure, and always one, instead of a fixed number.
+    """
+    for ids in denoise(model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale, remasking,
+                       attention_mask, generator, cache, refresh, threshold):
+        pass
+    return ids[:, prompt_ids.size(1):].clone()  # a clone is no inference tensor, so that gradients can use it

@@ -1,0 +1,614 @@
+"""The recipe of d1 (arXiv 2504.12216): a base model, masked SFT, then diffu-GRPO, evaluated after each stage.
+
+    python train.py                                   nano model, grade-school word problems, a laptop
+    python train.py --task sudoku --stages grpo       diffu-GRPO from the base, without SFT
+    python train.py --task gsm8k,math                 one model for several tasks
+    python train.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
+    torchrun --nproc_per_node 8 train.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
+
+Where we differ from the paper and the official code: see "Differences" in README.md.
+A run's files are in out/NAME/: config.json, log.jsonl, samples.jsonl, results.json, model/, curves.png.
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from tqdm import tqdm
+
+import rewards
+from grpo import completion_mask, fixed_logps, group_advantages, grpo_loss, rollout
+from loglik import completion_logps, random_prompt_mask
+from model import LLaDA, add_lora, load, lora_off, merge_lora
+from sample import check_lengths, generate
+from sft import Muon, pad, sft_backward
+
+# Every flag, its default for the nano model and for LLaDA, and what it is (with the paper's symbol).
+FLAGS = [
+    # flag                 nano         LLaDA        meaning
+    ('What to run',),
+    ('task',               'gsm8k',     'gsm8k',     'one task or a comma list: ' + ', '.join(rewards.TASKS)),
+    ('model',              'nano',      'nano',      "'nano', a hub id such as GSAI-ML/LLaDA-8B-Instruct, or a folder"),
+    ('stages',             'sft,grpo',  'sft,grpo',  'sft,grpo is d1; grpo alone is diffu-GRPO from the base; sft alone'),
+    ('name',               '',          '',          'the run is kept in out/NAME (default: model-task-stages-seed)'),
+    ('out',                'out',       'out',       'the folder of all runs and bases'),
+    ('seed',               0,           0,           'of everything random but the base'),
+    ('device',             '',          '',          'default: cuda, else mps, else cpu'),
+    ('dtype',              'float32',   'bfloat16',  'of the frozen weights; adapters and optimizer states are float32'),
+    ('resume',             False,       False,       'go on with the run of this name'),
+    ('eval_only',          False,       False,       'evaluate the model, train nothing'),
+    ('Data',),
+    ('data',               '',          '',          'training problems: a .jsonl, .json or .csv file'),
+    ('eval_data',          '',          '',          'test problems: a file'),
+    ('sft_data',           '',          '',          'a file of question, thinking_trajectories, attempt, as s1K'),
+    ('max_prompt',         64,          512,         'tokens; longer prompts are dropped and counted'),
+    ('diffu-GRPO',),
+    ('grpo_steps',         60,          640,         'outer iterations, each num_prompts new prompts'),
+    ('num_prompts',        8,           16,          'prompts an outer iteration; their groups share each update'),
+    ('num_generations',    8,           6,           'completions a prompt (G)'),
+    ('num_iterations',     4,           12,          'updates an outer iteration (mu)'),
+    ('p_mask_prompt',      0.15,        0.15,        'probability to mask a prompt token (p_mask)'),
+    ('fixed_mask',         False,       False,       'one prompt mask for all mu updates, for the ablation'),
+    ('epsilon',            0.5,         0.5,         'clip range of the ratio (epsilon)'),
+    ('beta',               0.04,        0.04,        'weight of the KL term (beta)'),
+    ('norm',               'token',     'token',     "'token': mean over all tokens; 'sequence': per sequence, then over them"),
+    ('learning_rate',      3e-4,        3e-6,        'AdamW, constant'),
+    ('weight_decay',       0.1,         0.1,         'AdamW'),
+    ('max_grad_norm',      0.2,         0.2,         'gradient clipping'),
+    ('Sampling',),
+    ('gen_length',         32,          256,         'tokens of a completion (L)'),
+    ('block_length',       8,           32,          'tokens of a block, filled from left to right'),
+    ('steps',              16,          128,         'denoising steps of a rollout'),
+    ('temperature',        0.9,         0.9,         'of the rollouts; evaluation is greedy'),
+    ('remasking',          'low_confidence', 'low_confidence', "of the rollouts; 'random' commits tokens in random order"),
+    ('cfg_scale',          0.0,         0.0,         'classifier-free guidance, in rollouts and evaluation'),
+    ('SFT',),
+    ('sft_problems',       100,         0,           'built-in traces a task (nano)'),
+    ('sft_steps',          40,          2500,        'updates'),
+    ('sft_batch',          32,          8,           'sequences an update'),
+    ('sft_length',         32,          3584,        'answer tokens; longer answers are cut and counted'),
+    ('sft_learning_rate',  3e-4,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
+    ('sft_max_grad_norm',  1.0,         1.0,         'gradient clipping'),
+    ('Nano base',),
+    ('base_steps',         1000,        0,           'pretraining updates'),
+    ('base_batch',         64,          0,           'sequences an update'),
+    ('base_learning_rate', 2e-3,        0.0,         'AdamW, warmed up, then falling linearly to 0'),
+    ('thinkers',           0.3,         0.0,         'share of the corpus that writes its steps down; the rest guesses'),
+    ('LoRA and memory',),
+    ('lora_rank',          0,           128,         '0 = train all weights'),
+    ('lora_alpha',         64,          64,          'adapters are scaled by alpha/rank'),
+    ('lora_dropout',       0.0,         0.0,         'in the policy pass only; above 0 the first ratio is not 1'),
+    ('lora_targets',       'q_proj,k_proj,v_proj,up_proj', 'q_proj,k_proj,v_proj,up_proj', 'linear layers with an adapter'),
+    ('gradient_checkpointing', False,   True,        'recompute activations in the backward pass'),
+    ('micro_batch',        64,          1,           'SFT sequences a forward pass'),
+    ('Evaluation and logs',),
+    ('eval_n',             512,         0,           'test problems (0 = all)'),
+    ('eval_lengths',       '16,32,64',  '128,256,512', 'generation lengths; steps = half of it'),
+    ('eval_batch',         128,         8,           'prompts a batch'),
+    ('save_every',         10,          10,          'updates (SFT) or outer iterations (GRPO) between checkpoints'),
+    ('sample_every',       10,          10,          'outer iterations between printed completions'),
+]
+# Settings that one task has of its own.
+TASK_PRESETS = {
+    'nano': {},
+    'LLaDA': {'countdown': dict(num_iterations=8), 'sudoku': dict(num_iterations=8, temperature=0.3)},
+}
+MAX_BAD_UPDATES = 5  # in a row without a finite gradient
+
+
+def parse(argv):
+    """The settings of a run: flags as given, else the task's, else the model's defaults of FLAGS."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for row in FLAGS:
+        if len(row) == 1:
+            group = p.add_argument_group(row[0])
+            continue
+        name, nano, llada, text = row
+        default = f'{nano}' if nano == llada else f'nano {nano}, LLaDA {llada}'
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(nano, bool) else dict(type=type(nano))
+        group.add_argument(f'--{name}', default=None, help=f'{text} [{default}]'.replace('%', '%%'), **kind)
+    given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not None}
+    world = 'nano' if given.get('model', 'nano') == 'nano' else 'LLaDA'
+    settings = {row[0]: row[1] if world == 'nano' else row[2] for row in FLAGS if len(row) > 1}
+    settings.update(TASK_PRESETS[world].get(given.get('task', settings['task']), {}))
+    return argparse.Namespace(**{**settings, **given})
+
+
+def check(args):
+    """Raises ValueError, in one line, on settings that cannot work."""
+    args.tasks, args.stages = args.task.split(','), [s for s in args.stages.split(',') if s]
+    for name, known in (('tasks', rewards.TASKS), ('stages', ('sft', 'grpo'))):
+        if strangers := [x for x in getattr(args, name) if x not in known]:
+            raise ValueError(f'--{name.rstrip("s")} {strangers[0]} is unknown: choose from {", ".join(known)}')
+    check_lengths(args.gen_length, args.block_length, args.steps)
+    args.eval_lengths = [int(n) for n in args.eval_lengths.split(',')]
+    for length in args.eval_lengths:
+        check_lengths(length, args.block_length, length // 2)
+    if args.num_prompts % world_size():
+        raise ValueError(f'--num_prompts {args.num_prompts} is not a multiple of the {world_size()} processes')
+    if args.num_generations < 2:
+        raise ValueError('--num_generations must be at least 2: an advantage compares completions of one prompt')
+    if (args.data or args.eval_data) and len(args.tasks) > 1:
+        raise ValueError('--data and --eval_data hold the problems of one task: name one --task')
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else
+                                  'mps' if torch.backends.mps.is_available() else 'cpu')
+    args.name = args.name or '-'.join([os.path.basename(args.model.rstrip('/')), args.task.replace(',', '+'),
+                                       '+'.join(args.stages), f'seed{args.seed}'])
+    return args
+
+
+# ---- many processes (torchrun); one process never notices ----
+
+def world_size(): return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank(): return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(items):
+    """A list of every process' items, those of process 0 first."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def random_stream(*key):
+    """A random.Random that depends on the key only, so that a resumed run, on any number of processes, draws the same."""
+    return random.Random(hashlib.sha256(repr(key).encode()).digest())
+
+
+def torch_stream(device, *key):
+    return torch.Generator(device).manual_seed(random_stream(*key).getrandbits(63))
+
+
+# ---- problems and demonstrations ----
+
+class Problems:
+    """A task's problems as (prompt ids, example): from the built-in generator, or the rows of a file or hub data set."""
+
+    def __init__(self, args, tokenizer, task, part):
+        self.task, self.part, self.seed, self.tokenizer = task, part, args.seed, tokenizer
+        path = args.data if part == 'train' else args.eval_data
+        self.rows = None
+        if args.model != 'nano' or path:
+            pairs = [(self.encode(row), row) for row in rewards.load_examples(task, path or None, part)]
+            self.rows = [pair for pair in pairs if len(pair[0]) <= args.max_prompt]
+            if len(self.rows) < len(pairs):
+                say(f'{task}, {part}: {len(pairs) - len(self.rows)} of {len(pairs)} prompts are longer than '
+                    f'--max_prompt {args.max_prompt} and dropped')
+            if not self.rows:
+                raise ValueError(f'{task}: no prompt fits --max_prompt {args.max_prompt}: raise it')
+
+    def encode(self, example):
+        """One user message as token ids, chat template and generation prompt included."""
+        return chat(self.tokenizer, rewards.prompt(self.task, example))
+
+    def draw(self, index):
+        """Problem number `index` of an endless stream; every row of a file comes once before any comes again."""
+        if self.rows is None:
+            example = rewards.make(self.task, random_stream(self.seed, self.task, self.part, index), self.part)
+            return self.encode(example), example
+        epoch, i = divmod(index, len(self.rows))
+        return self.rows[random_stream(self.seed, self.task, epoch).sample(range(len(self.rows)), len(self.rows))[i]]
+
+    def first(self, n):
+        """The first n problems (0 = all rows), in the file's order."""
+        return [self.draw(i) for i in range(n)] if self.rows is None else self.rows[:n or None]
+
+
+def chat(tokenizer, text):
+    return tokenizer.apply_chat_template([dict(role='user', content=text)], add_generation_prompt=True, return_dict=False)
+
+
+def base_batch(args, tokenizer, sources, step):
+    """One pretraining batch [(prompt ids, answer ids)]: problems of all tasks, answered by thinkers and guessers."""
+    pairs = []
+    for i in range(args.base_batch):
+        rng = random_stream('base', step, i)
+        prompt_ids, example = sources[i % len(sources)].draw(step * args.base_batch + i)
+        pairs.append((prompt_ids, tokenizer(rewards.demonstration(example, rng, args.thinkers))['input_ids']))
+    return pairs
+
+
+def sft_pairs(args, tokenizer):
+    """All SFT pairs [(prompt ids, answer ids)]: clean traces of small built-in problems, or s1K."""
+    if args.model == 'nano' and not args.sft_data:
+        traces = [rewards.clean_trace(task, random_stream('sft', task, i))
+                  for i in range(args.sft_problems) for task in args.tasks]
+    else:
+        traces = rewards.load_s1k(args.sft_data or None)
+    pairs = [(chat(tokenizer, text), tokenizer(answer, add_special_tokens=False)['input_ids']) for text, answer in traces]
+    kept = [(prompt, answer[:args.sft_length]) for prompt, answer in pairs if len(prompt) <= args.max_prompt]
+    cut = sum(len(answer) > args.sft_length for _, answer in pairs)
+    say(f'SFT: {len(kept)} traces, {len(pairs) - len(kept)} dropped for a prompt over --max_prompt, '
+        f'{cut} cut to --sft_length')
+    return kept
+
+
+# ---- evaluation ----
+
+def evaluate(args, model, tokenizer, problems, stage):
+    """Greedy completions of the test problems at every --eval_lengths; writes them, returns {task: {length: scores}}."""
+    scores = {}
+    model.eval()
+    for task, pairs in problems.items():
+        scores[task] = {}
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))[rank()::world_size()]  # alike lengths pad little
+        for length in args.eval_lengths:
+            done = []
+            for first in tqdm(range(0, len(order), args.eval_batch), f'{stage}: {task}, {length} tokens', leave=False,
+                              disable=None):
+                batch = order[first:first + args.eval_batch]
+                ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
+                completion_ids = generate(model, ids, length, args.block_length, length // 2, cfg_scale=args.cfg_scale,
+                                          attention_mask=attention_mask)
+                mask = completion_mask(completion_ids, model.config.end_ids)
+                texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
+                examples = [pairs[i][1] for i in batch]
+                for i, text, n, grade in zip(batch, texts, mask.sum(1).tolist(), grades(task, texts, examples)):
+                    done.append((i, dict(question=pairs[i][1]['question'], generations=text,
+                                         ground_truth=pairs[i][1]['answer'], effective_tokens=n, **grade)))
+            done = [item for _, item in sorted(gather(done), key=lambda pair: pair[0])]
+            scores[task][length] = rewards.summary(done)
+            if rank() == 0:
+                write_json(os.path.join(run_folder(args), f'{stage}_{task}_{length}_generations.json'),
+                           dict(generations=done, metrics=scores[task][length], model_path=args.model,
+                                gen_length=length, diffusion_steps=length // 2, block_length=args.block_length))
+    return scores
+
+
+def grades(task, texts, examples):
+    """Reward and correctness of each text; in a pool, since code is run in processes of its own."""
+    t = rewards.TASKS[task]
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        return list(pool.map(lambda text, example: dict(reward=t.reward(text, example), correct=t.correct(text, example)),
+                             texts, examples))
+
+
+# ---- files of a run ----
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def run_folder(args): return os.path.join(args.out, args.name)
+
+
+def write(path, data):
+    """Writes bytes to a file so that, whatever happens, either the old or the new content is there, whole."""
+    with open(path + '.new', 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.new', path)
+
+
+def write_json(path, value): write(path, json.dumps(value, indent=1).encode())
+
+
+def append(path, row):
+    with open(path, 'a') as f:
+        f.write(json.dumps(row) + '\n')
+
+
+def save(path, model, optimizers=(), **progress):
+    """Trainable weights, optimizer states and progress into one file; every process takes part."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, states = get_state_dict(model, optimizers, options=options)
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(dict(weights=weights, states=states, progress=progress), buffer)
+        write(path, buffer.getbuffer())
+
+
+def restore(path, model, optimizers=()):
+    """Reads what save wrote into model and optimizers and returns the progress."""
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_state_dict(model, optimizers, model_state_dict=saved['weights'], optim_state_dict=saved['states'],
+                       options=options)
+    except (RuntimeError, KeyError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path} is no checkpoint of this model and these settings ({str(e).splitlines()[0]})') from None
+    return saved['progress']
+
+
+# ---- training ----
+
+class Run:
+    """What a run keeps between steps: where its files are, how much of the logs counts, bad updates in a row."""
+
+    def __init__(self, args):
+        self.folder, self.bad, self.stop = run_folder(args), 0, False
+        self.checkpoint = os.path.join(self.folder, 'checkpoint.pt')
+        self.logs = [os.path.join(self.folder, name) for name in ('log.jsonl', 'samples.jsonl')]
+
+    def begin(self, stage, model, optimizers):
+        """The step to begin a stage with: 0, or where its checkpoint was written; the logs are cut back to it."""
+        if not os.path.exists(self.checkpoint):
+            return 0
+        if torch.load(self.checkpoint, map_location='cpu', weights_only=True)['progress']['stage'] != stage:
+            return 0
+        progress = restore(self.checkpoint, model, optimizers)
+        for path, size in zip(self.logs, progress['sizes']):
+            if rank() == 0 and os.path.exists(path):
+                os.truncate(path, size)
+        self.bad = progress['bad']
+        say(f'going on with {stage} at step {progress["step"]}')
+        return progress['step']
+
+    def end_step(self, args, stage, step, steps, model, optimizers):
+        """Writes the checkpoint when it is time; ends the run on Ctrl-C or after too many bad updates."""
+        if self.bad >= MAX_BAD_UPDATES:
+            raise ValueError(f'{stage} step {step}: {self.bad} updates in a row had no finite gradient; '
+                             f'{self.checkpoint} holds the last good state: lower the learning rate and --resume')
+        stop = any(gather([self.stop]))
+        if stop or (self.bad == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps)):
+            sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in self.logs]
+            save(self.checkpoint, model, optimizers, stage=stage, step=step + 1, sizes=sizes, bad=self.bad)
+        if stop:
+            raise KeyboardInterrupt
+
+
+def update(model, optimizers, max_grad_norm, run):
+    """Clips and steps; a gradient that is not finite skips the update. Returns the gradient's norm."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # FSDP's gradients are sharded
+    run.bad = 0 if norm.isfinite() else run.bad + 1
+    for optimizer in optimizers:
+        if run.bad == 0:
+            optimizer.step()
+        optimizer.zero_grad()
+    return norm.item()
+
+
+def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max_grad_norm):
+    """Masked SFT (Algorithm 2), also the base's pretraining; draw(step) gives the step's pairs, the same on every process."""
+    start, rates = run.begin(stage, model, optimizers), [o.param_groups[0]['lr'] for o in optimizers]
+    bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=None if rank() == 0 else True)
+    for step in bar:
+        began = time.time()
+        for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, down in the last third
+            optimizer.param_groups[0]['lr'] = rate * min(1, 20 * (step + 1) / steps, 3 * (steps - step) / steps)
+        model.train()
+        loss = sft_backward(net, draw(step), length, model.config, torch_stream(model.device, args.seed, stage, step),
+                            args.micro_batch, rank(), world_size())
+        norm = update(model, optimizers, max_grad_norm, run)
+        loss = sum(gather([loss])) / world_size()
+        bar.set_postfix(loss=f'{loss:.3f}')
+        if rank() == 0 and stage != 'base':
+            append(run.logs[0], dict(stage=stage, step=step, loss=loss, grad_norm=norm, seconds=time.time() - began))
+        run.end_step(args, stage, step, steps, model, optimizers)
+
+
+def train_grpo(args, run, model, net, tokenizer, sources, reference):
+    """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1. reference: a context in which a model is the reference policy."""
+    device, config = model.device, model.config
+    optimizers = [adamw(model, args.learning_rate, args.weight_decay)]
+    start = run.begin('grpo', model, optimizers)
+    for step in range(start, args.grpo_steps):                                                              # 2
+        began, rollouts, masks = time.time(), [], {}
+        for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
+            source = sources[k % len(sources)]
+            prompt_ids, example = source.draw(step * args.num_prompts + k)                                  # 4
+            group = rollout(model, tokenizer, prompt_ids,                                                   # 5
+                            lambda texts: [g['reward'] for g in grades(source.task, texts, [example] * len(texts))],
+                            args.num_generations, torch_stream(device, args.seed, 'rollout', step, k),
+                            gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
+                            temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale)
+            advantages = group_advantages(group.rewards, args.num_generations)                              # 6
+            rollouts.append((k, source.task, example, group, advantages))
+        views = []  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
+        for n in range(args.num_iterations):
+            for k, _, _, group, _ in rollouts:
+                stream = torch_stream(device, args.seed, 'mask', step, 0 if args.fixed_mask else n, k)
+                prompt_mask = random_prompt_mask(group.prompt_ids, args.p_mask_prompt, stream)
+                views.append((prompt_mask, *fixed_logps(model, reference, group, prompt_mask, args.beta)))
+        stats, sampled = [], time.time() - began
+        for n in range(args.num_iterations):                                                                # 7
+            for g, (k, _, _, group, advantages) in enumerate(rollouts):
+                prompt_mask, old_logps, ref_logps = views[n * len(rollouts) + g]
+                model.train()
+                logps = completion_logps(net, group.prompt_ids, group.completion_ids, prompt_mask)          # 9
+                loss, stat = grpo_loss(logps, old_logps, ref_logps, advantages, group.mask, args.epsilon,
+                                       args.beta, args.norm)                                                # 10
+                (loss / len(rollouts)).backward()
+                stats.append(dict(loss=loss.item(), **stat))
+            stats[-1]['grad_norm'] = update(model, optimizers, args.max_grad_norm, run)
+        report(args, run, step, rollouts, stats, time.time() - began, sampled)
+        run.end_step(args, 'grpo', step, args.grpo_steps, model, optimizers)
+
+
+def adamw(model, lr, weight_decay, betas=(0.9, 0.99)):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, betas, weight_decay=weight_decay)
+
+
+def report(args, run, step, rollouts, stats, seconds, sampled):
+    """One line a step on the screen and in log.jsonl, means over all groups and updates; now and then a completion."""
+    rows = gather([dict(k=k, task=task, prompt=example['question'], completion=group.texts[0], answer=example['answer'],
+                        rewards=group.rewards.tolist(), lengths=group.mask.sum(1).tolist())
+                   for k, task, example, group, _ in rollouts])
+    stats = gather(stats)
+    if rank():
+        return
+    every = [reward for row in rows for reward in row['rewards']]
+    lengths = [n for row in rows for n in row['lengths']]
+    line = dict(stage='grpo', step=step, reward=sum(every) / len(every),
+                flat_groups=sum(len(set(row['rewards'])) == 1 for row in rows) / len(rows))
+    for name in ('loss', 'kl', 'ratio', 'clip_high', 'clip_low', 'grad_norm'):
+        values = [stat[name] for stat in stats if name in stat]
+        line[name] = sum(values) / len(values)
+    line |= dict(first_ratio=stats[0]['ratio'], bad_updates=run.bad, length=sum(lengths) / len(lengths),
+                 seconds=seconds, rollout_seconds=sampled)
+    append(run.logs[0], line)
+    tqdm.write(f'grpo {step + 1}/{args.grpo_steps}: ' + ', '.join(
+        f'{name} {line[name]:.3f}' for name in ('reward', 'kl', 'ratio', 'clip_high', 'clip_low', 'length', 'seconds')))
+    row = rows[step % len(rows)]
+    append(run.logs[1], dict(step=step, task=row['task'], question=row['prompt'], completion=row['completion'],
+                             answer=row['answer'], reward=row['rewards'][0], effective_tokens=row['lengths'][0]))
+    if step % args.sample_every == 0:
+        tqdm.write(f"  {row['prompt']!r}\n  {row['completion']!r} -> reward {row['rewards'][0]:.3f}")
+
+
+# ---- a run, from the base to the table ----
+
+def nano_base(args):
+    """The folder of the nano base: pretrained once by thinkers and guessers, then kept in out/ for all seeds."""
+    model, tokenizer = load('nano', device=args.device)
+    corpus = argparse.Namespace(**{**vars(args), 'seed': 0, 'eval_data': ''})
+    sources = [Problems(corpus, tokenizer, task, 'train') for task in args.tasks]
+    draw = lambda step: base_batch(corpus, tokenizer, sources, step)
+    made_of = [draw(0), str(model), args.gen_length, [(k, v) for k, v in vars(args).items() if k.startswith('base_')]]
+    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
+    corpus.name = f"base-{'+'.join(args.tasks)}-{digest}"
+    folder = os.path.join(run_folder(corpus), 'model')
+    if rank() == 0 and not os.path.exists(folder):
+        say(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} weights, kept in {folder}')
+        os.makedirs(run_folder(corpus), exist_ok=True)
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+        optimizers = [Muon(matrices), torch.optim.AdamW(rest, args.base_learning_rate, (0.9, 0.95), weight_decay=0.0)]
+        train_sft(corpus, Run(corpus), 'base', model, model, optimizers, draw, args.base_steps, args.gen_length, 1.0)
+        save_model(folder, model, tokenizer)
+    if world_size() > 1:
+        dist.barrier()
+    return folder
+
+
+def save_model(folder, model, tokenizer):
+    """The model and tokenizer in the Hugging Face layout; the folder appears only when it is whole."""
+    shutil.rmtree(folder + '.new', ignore_errors=True)
+    model.save_pretrained(folder + '.new')
+    tokenizer.save_pretrained(folder + '.new')
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(folder + '.new', folder)
+
+
+def wrap(args, model):
+    """What the loss goes through: the model, under DDP when several processes train it."""
+    if world_size() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def train_stage(args, run, stage, model, tokenizer, sources):
+    """One stage from the weights before it to the weights after it, kept in out/NAME/STAGE.pt."""
+    after = os.path.join(run.folder, f'{stage}.pt')
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
+    if os.path.exists(after):
+        restore(after, model)
+    elif stage == 'sft':
+        pairs = sft_pairs(args, tokenizer)
+        def draw(step):  # every pair once before any comes again
+            shuffled = lambda epoch: random_stream(args.seed, 'sft', epoch).sample(pairs, len(pairs))
+            places = range(step * args.sft_batch, (step + 1) * args.sft_batch)
+            return [shuffled(place // len(pairs))[place % len(pairs)] for place in places]
+        train_sft(args, run, 'sft', model, wrap(args, model), [adamw(model, args.sft_learning_rate, args.weight_decay)],
+                  draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
+    else:
+        frozen = None if args.lora_rank or not args.beta else copy.deepcopy(model).requires_grad_(False)
+        reference = (lambda: lora_off(model)) if args.lora_rank else (lambda: contextlib.nullcontext(frozen))
+        train_grpo(args, run, model, wrap(args, model), tokenizer, sources, reference)
+    if not os.path.exists(after):
+        save(after, model)
+    if args.lora_rank:
+        merge_lora(model)
+
+
+def main(argv=None):
+    args = check(parse(argv))
+    run = Run(args)
+    results_file = os.path.join(run.folder, 'results.json')
+    if os.path.exists(run.folder) and not args.resume:
+        raise ValueError(f'{run.folder} exists: --resume goes on with it, --name NAME begins another')
+    folder = nano_base(args) if args.model == 'nano' else args.model
+    model, tokenizer = load(folder, getattr(torch, args.dtype), args.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    tests = {task: Problems(args, tokenizer, task, 'test').first(args.eval_n) for task in args.tasks}
+    sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
+    results = {}
+    if rank() == 0:
+        os.makedirs(run.folder, exist_ok=True)
+        write_json(os.path.join(run.folder, 'config.json'), vars(args))
+    if os.path.exists(results_file):
+        with open(results_file) as f:
+            results = json.load(f)
+    signal.signal(signal.SIGINT, lambda *_: setattr(run, 'stop', True))
+    for stage in ['base', *([] if args.eval_only else args.stages)]:
+        if stage != 'base':
+            train_stage(args, run, stage, model, tokenizer, sources)
+        if stage not in results:
+            results[stage] = evaluate(args, model, tokenizer, tests, stage)
+            if rank() == 0:
+                write_json(results_file, results)
+    if rank() == 0:
+        if not args.eval_only:
+            save_model(os.path.join(run.folder, 'model'), model, tokenizer)
+        print(table(args, results))
+
+
+def table(args, results):
+    """The results as text: a row a stage, at each generation length accuracy with its 95 % interval, reward, tokens."""
+    names = {'base': 'base', 'sft': '+ SFT', 'grpo': 'd1 (SFT + diffu-GRPO)' if 'sft' in results else '+ diffu-GRPO'}
+    lines = []
+    for task in args.tasks:
+        lines += ['', f'{task}: accuracy % [95 % interval], mean reward, effective tokens, at generation length',
+                  f'{"":24}' + ''.join(f'{length:<38}' for length in args.eval_lengths)]
+        for stage, scores in results.items():
+            cells = [scores[task][str(n)] if str(n) in scores[task] else scores[task][n] for n in args.eval_lengths]
+            lines.append(f'{names[stage]:24}' + ''.join(
+                f'{100 * c["accuracy"]:5.1f} [{100 * c["low"]:.1f}, {100 * c["high"]:.1f}] {c["reward"]:5.2f} '
+                f'{c["effective_tokens"]:5.1f}'.ljust(30) + (f'cells {100 * c["share"]:.1f}' if task == 'sudoku' else '').ljust(12)
+                for c in cells))
+        trivial = rewards.TASKS[task].trivial
+    return '\n'.join(lines)
+
+
+def curves(run):
+    """Draws reward, KL and completion length over the steps of log.jsonl into curves.png, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return say('no curves.png: pip install matplotlib to have one')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    with open(run.logs[0]) as f:
+        rows = [row for row in map(json.loads, f) if row['stage'] == 'grpo']
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3))
+    for axis, name in zip(axes, ('reward', 'length', 'kl')):
+        axis.plot([row['step'] for row in rows], [row[name] for row in rows])
+        axis.set(title=name, xlabel='outer iteration')
+    figure.tight_layout()
+    figure.savefig(os.path.join(run.folder, 'curves.png'), dpi=100)
+
+
+if __name__ == '__main__':
+    if 'RANK' in os.environ:  # started by torchrun
+        dist.init_process_group()
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(print(f'train.py: {e}', file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print('stopped; the same command with --resume goes on', file=sys.stderr) or 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
