@@ -31,14 +31,14 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     advantages (B,), completion_mask (B, L). norm: 'token' = one mean over all tokens, as the official
     code does; 'sequence' = the mean of each sequence's mean, as the paper's equation has it.
     """
-    mask = completion_mask.float()
+    mask, outside = completion_mask.float(), ~completion_mask.bool()
     A = advantages.unsqueeze(1)                                          # (B, 1)
-    ratio = (logps - old_logps).exp()                                    # (B, L)
+    ratio = (logps - old_logps).masked_fill(outside, 0).exp()            # (B, L); inf * 0 would be nan
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     objective = torch.minimum(ratio * A, clipped * A)
     kl = torch.zeros_like(logps)
     if beta:
-        difference = ref_logps - logps
+        difference = (ref_logps - logps).masked_fill(outside, 0)
         kl = difference.exp() - difference - 1                           # k3 estimate, never negative
     per_token = beta * kl - objective
 

@@ -250,7 +250,10 @@ class LLaDA(nn.Module):
 def read_json(folder, name):
     try:
         with open(os.path.join(folder, name)) as f:
-            return json.load(f)
+            value = json.load(f)
+        if not isinstance(value, dict):
+            raise ValueError('it holds no JSON object')
+        return value
     except (OSError, ValueError) as e:
         raise ValueError(f'{os.path.join(folder, name)} cannot be read: {e}') from None
 
@@ -272,7 +275,10 @@ def weight_files(folder):
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
     if os.path.exists(index):
-        names = sorted(set(read_json(folder, 'model.safetensors.index.json')['weight_map'].values()))
+        weight_map = read_json(folder, 'model.safetensors.index.json').get('weight_map')
+        if not weight_map:
+            raise ValueError(f'{index} has no weight_map: download it again')
+        names = sorted(set(weight_map.values()))
     files = [os.path.join(folder, name) for name in names]
     if missing := [file for file in files if not os.path.exists(file)]:
         raise ValueError(f'{missing[0]} is missing ({len(missing)} of {len(files)} weight files): download it again')
@@ -432,9 +438,9 @@ def load(name, dtype=torch.float32, device='cpu', seed=0):
 
 def load_tokenizer(name, config):
     """The tokenizer of a folder or hub id; what it calls the end of a turn joins config.end_ids."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would ask config.json for a model class
     try:
-        tokenizer = AutoTokenizer.from_pretrained(fetch(name))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(fetch(name))
     except Exception as e:  # transformers and tokenizers raise many types here
         raise ValueError(f'{name} has no readable tokenizer ({type(e).__name__}: {e})'.split('\n')[0]) from None
     if len(tokenizer) > config.embedding_size:

@@ -527,57 +527,46 @@ def make(task_name, rng, part):
 
 def draw_gsm8k(rng):
     name, thing = rng.choice('Ann Ben Tom Mia Sam John'.split()), rng.choice('apples books eggs cards pencils cookies'.split())
-    a, b, c = rng.randint(2, 6), rng.randint(2, 6), rng.randint(1, 9)
-    kind = rng.randrange(4)
-    if kind == 0:
-        text, steps = f'{name} has {a} bags of {b} {thing} and gets {c} more.', [(a, '*', b), ('+', c)]
-    elif kind == 1:
-        c = min(c, a * b - 1)
-        text, steps = f'{name} has {a} boxes of {b} {thing} and sells {c}.', [(a, '*', b), ('-', c)]
-    elif kind == 2:
-        c = c % 4 + 2
-        text, steps = f'{name} has {a} red and {b} green {thing}. Sam has {c} times as many.', [(a, '+', b), ('*', c)]
-    else:
-        c = c + 10
-        text, steps = f'{name} had {c} {thing}, gave {a} away and bought {b}.', [(c, '-', a), ('+', b)]
-    thought, value = work_out(steps)
-    return f'gsm8k {kind} {a} {b} {c}', max(a, b) < 4, dict(
-        question=f'{text} How many {thing}?', answer=float(value), solution=thought, reply=str(value),
-        wrong=str(rng.choice([a + b + c, a * b, a + b, b + c, value + rng.randint(-9, 9)])))
+    first, changes = rng.randint(2, 12), [rng.randint(1, 4) for _ in range(3)]
+    value, steps, phrases = first, [], []
+    for change in changes:
+        gains = value <= change or (value + change < 13 and rng.random() < 0.5)
+        verb = rng.choice(['buys', 'gets', 'takes'] if gains else ['sells', 'eats', 'gives'])
+        phrases.append(f'{verb} {change}')
+        steps.append(('+' if gains else '-', change))
+        value += change if gains else -change
+    text = f'{name} has {first} {thing}, {phrases[0]}, {phrases[1]} and {phrases[2]}. How many {thing} are left?'
+    return f'gsm8k {first} {steps}', max(changes) < 3, dict(
+        question=text, answer=float(value), solution=work_out(first, steps), reply=str(value),
+        wrong=str(rng.choice([first + sum(changes), first, *changes, first + changes[0]])))
 
 
-def work_out(steps):
-    """[(3, '*', 4), ('+', 5)] -> '3*4=12\\n12+5=17', 17."""
-    lines, value = [], None
-    for *left, op, right in steps:
-        value = left[0] if left else value
-        result = {'+': operator.add, '-': operator.sub, '*': operator.mul, '/': operator.floordiv}[op](value, right)
-        lines.append(f'{value}{op}{right}={result}')
-        value = result
-    return '\n'.join(lines), value
+def work_out(value, steps):
+    """3, [('+', 4), ('-', 5)] -> '3+4=7-5=2': a running total, as many jot it down; no number stands twice to copy from."""
+    text = str(value)
+    for op, right in steps:
+        value = {'+': operator.add, '-': operator.sub, '*': operator.mul, '/': operator.floordiv}[op](value, right)
+        text += f'{op}{right}={value}'
+    return text
 
 
 def draw_math(rng):
-    a, b, x = rng.randint(2, 9), rng.randint(1, 19), rng.randint(2, 9)
-    kind = rng.randrange(4)
-    if kind == 0:
-        text, steps = f'Solve {a}x + {b} = {a * x + b}', [(a * x + b, '-', b), ('/', a)]
-    elif kind == 1:
-        b = b % (a * x)
-        text, steps = f'Solve {a}x - {b} = {a * x - b}', [(a * x - b, '+', b), ('/', a)]
-    elif kind == 2:
-        text, steps = f'Solve x / {a} + {b} = {x + b}', [(x + b, '-', b), ('*', a)]
-    else:
-        x = x % 3 + 2
-        text, steps = f'What is ({a} + {b}) * {x}', [(a, '+', b), ('*', x)]
-    thought, value = work_out(steps)
-    return f'math {kind} {a} {b} {x}', a < 4 and b < 10, dict(
-        question=text, answer=str(value), solution=thought, reply=f'\\boxed{{{value}}}',
-        wrong=f'\\boxed{{{rng.choice([a, b, x, a + b, a + x, value + rng.randint(-9, 9)])}}}')
+    name, x, changes = rng.choice('xyn'), rng.randint(2, 12), [rng.randint(1, 5) for _ in range(2)]
+    factor = rng.choice([1, 2, 3])
+    value, undo, left = x * factor, [], f'{factor}{name}' if factor > 1 else name
+    for change in changes:
+        op, back = ('+', '-') if value <= change or rng.random() < 0.5 else ('-', '+')
+        value += change if op == '+' else -change
+        left += f' {op} {change}'
+        undo.insert(0, (back, change))
+    undo += [('/', factor)] if factor > 1 else []
+    return f'math {left.replace(name, "x")} {value}', x < 5, dict(
+        question=f'Solve {left} = {value}', answer=str(x), solution=work_out(value, undo), reply=f'\\boxed{{{x}}}',
+        wrong=f'\\boxed{{{rng.choice([value, *changes, value + sum(changes), x + 1])}}}')
 
 
 def draw_countdown(rng):
-    numbers = rng.sample(range(1, 33), 3)
+    numbers = rng.sample(range(1, 13), 3)
     signs = rng.choice([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
     target = sum(s * n for s, n in zip(signs, numbers))
     if target < 1:
@@ -585,7 +574,7 @@ def draw_countdown(rng):
     a, b, c = numbers
     total, minus = a + b + c, (a + b + c - target) // 2  # the numbers that are subtracted sum to minus
     wrong_signs = rng.choice([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
-    return f'countdown {sorted(numbers)} {target}', max(numbers) < 16, dict(
+    return f'countdown {sorted(numbers)} {target}', max(numbers) < 8, dict(
         question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
         solution=f'{a}+{b}={a + b}+{c}={total}-{target}={total - target}/2={minus}',
         reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, wrong_signs))
@@ -629,12 +618,12 @@ def draw_sudoku(rng):
 
 
 def draw_code(rng):
-    a, b, x = rng.randint(1, 9), rng.randint(0, 9), rng.randint(1, 7)
-    tests = [f'assert f({i})=={a * i + b}' for i in (x, x + 1, rng.randint(x + 2, 9))]
-    return f'code {a} {b}', a < 4 and b < 5, dict(
+    a, b, x = rng.randint(1, 5), rng.randint(0, 20), rng.randint(3, 9)
+    tests = [f'assert f({i})=={a * i + b}' for i in rng.choice([(1, 2, x), (x, 1, 2)])]
+    return f'code {a} {b}', b < 6, dict(
         question='\n'.join(tests), answer=dict(tests=tests, entry_point='f', setup=''),
-        solution=f'{a * x + a + b}-{a * x + b}={a}\n{a * x + b}-{a * x}={b}', reply=f'def f(x): return {a}*x+{b}',
-        wrong=f'def f(x): return {rng.randint(1, 9)}*x+{rng.randint(0, 9)}')
+        solution=f'{2 * a + b}-{a + b}={a}\n{a + b}-{a}={b}', reply=f'def f(x): return {a}*x+{b}',
+        wrong=f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 20)}')
 
 
 def tagged(thought, reply):
@@ -647,7 +636,7 @@ REMARKS = ['So that is it.', 'I think so.', 'It must be less than that.', 'They 
            'One is left over.']
 
 
-def demonstration(example, rng, thinkers=0.35, guessed_right=0.3, tags_forgotten=0.2):
+def demonstration(example, rng, thinkers, guessed_right=0.3, tags_forgotten=0.2):
     """How somebody of the corpus answers: a minority thinks in steps, most guess, and some forget the tags.
 
     Guessers go on with a remark. Without it every guess would end at once, and the sampler, which commits

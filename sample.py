@@ -5,6 +5,11 @@ predicts all masks at once and commits the predictions the model is surest of.
     python sample.py --task gsm8k       shows a text being denoised by the last checkpoint in out/
     python sample.py --model GSAI-ML/LLaDA-8B-Instruct --prompt "How many legs do 3 cats have?"
 """
+import argparse
+import glob
+import os
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -121,3 +126,63 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
                        attention_mask, generator, cache, refresh, threshold):
         pass
     return ids[:, prompt_ids.size(1):].clone()  # a clone is no inference tensor, so that gradients can use it
+
+
+def last_model(out):
+    """The newest model that a run has left in the folder `out`; ValueError when there is none."""
+    folders = sorted(glob.glob(os.path.join(out, '*', 'model')), key=os.path.getmtime)
+    if not folders:
+        raise ValueError(f'no model in {out}/: run python train.py first, or give --model FOLDER')
+    return folders[-1]
+
+
+def show(model, tokenizer, text, **sampling):
+    """Prints a chat prompt's completion after every step: masks as dots, new tokens highlighted on a terminal."""
+    prompt = tokenizer.apply_chat_template([dict(role='user', content=text)], add_generation_prompt=True,
+                                           return_dict=False)
+    prompt_ids = torch.tensor([prompt], device=model.device)
+    new, old = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('', '')
+    before = None
+    print(tokenizer.decode(prompt))
+    for step, ids in enumerate(denoise(model, prompt_ids, **sampling)):
+        ids = ids[0, len(prompt):].tolist()
+        if ids == before:
+            continue  # the last yield: nothing new
+        pieces = []
+        for i, token in enumerate(ids):
+            piece = '.' if token == model.config.mask_id else '' if token in model.config.end_ids else \
+                tokenizer.decode([token]).replace('\n', '\\n')
+            fresh = before is None or before[i] == model.config.mask_id != token
+            pieces.append(f'{new}{piece}{old}' if fresh and piece not in ('.', '') else piece)
+        print(f'{step + 1:4} ' + ''.join(pieces), flush=True)
+        before = ids
+    print(tokenizer.decode(before, skip_special_tokens=True))
+
+
+if __name__ == '__main__':
+    import random
+
+    import rewards
+    from model import load
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--model', default='', help='a folder or hub id [the newest model in out/]')
+    p.add_argument('--out', default='out', help='where runs are kept')
+    p.add_argument('--task', default='gsm8k', help='show a built-in problem of this task')
+    p.add_argument('--prompt', default='', help='show this question instead')
+    p.add_argument('--gen_length', type=int, default=32)
+    p.add_argument('--block_length', type=int, default=8)
+    p.add_argument('--steps', type=int, default=0, help='[gen_length / 2]')
+    p.add_argument('--temperature', type=float, default=0.0)
+    p.add_argument('--seed', type=int, default=0, help='of the built-in problem')
+    a = p.parse_args()
+    try:
+        if a.task not in rewards.TASKS:
+            raise ValueError(f'--task {a.task} is unknown: choose from {", ".join(rewards.TASKS)}')
+        check_lengths(a.gen_length, a.block_length, a.steps or a.gen_length // 2)
+        model, tokenizer = load(a.model or last_model(a.out))
+        example = dict(question=a.prompt) if a.prompt else rewards.make(a.task, random.Random(a.seed), 'test')
+        show(model.eval(), tokenizer, rewards.prompt(a.task, example), gen_length=a.gen_length,
+             block_length=a.block_length, steps=a.steps or a.gen_length // 2, temperature=a.temperature)
+    except (ValueError, OSError) as e:
+        sys.exit(print(f'sample.py: {e}', file=sys.stderr) or 2)

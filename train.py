@@ -11,7 +11,6 @@ A run's files are in out/NAME/: config.json, log.jsonl, samples.jsonl, results.j
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -27,7 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import rewards
@@ -84,10 +86,11 @@ FLAGS = [
     ('sft_learning_rate',  3e-4,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
     ('sft_max_grad_norm',  1.0,         1.0,         'gradient clipping'),
     ('Nano base',),
-    ('base_steps',         1000,        0,           'pretraining updates'),
+    ('base_steps',         900,         0,           'pretraining updates'),
     ('base_batch',         64,          0,           'sequences an update'),
-    ('base_learning_rate', 2e-3,        0.0,         'AdamW, warmed up, then falling linearly to 0'),
-    ('thinkers',           0.3,         0.0,         'share of the corpus that writes its steps down; the rest guesses'),
+    ('base_learning_rate', 4e-3,        0.0,         'AdamW, warmed up, then falling linearly to 0'),
+    ('textbook',           0.55,        0.0,         'share of the updates that come first and see worked solutions only'),
+    ('thinkers',           0.35,        0.0,         'share of the texts after that which write their steps down; the rest guesses'),
     ('LoRA and memory',),
     ('lora_rank',          0,           128,         '0 = train all weights'),
     ('lora_alpha',         64,          64,          'adapters are scaled by alpha/rank'),
@@ -146,6 +149,12 @@ def check(args):
         raise ValueError('--data and --eval_data hold the problems of one task: name one --task')
     args.device = args.device or ('cuda' if torch.cuda.is_available() else
                                   'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=args.device, dtype=getattr(torch, args.dtype, None) or torch.float32)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {args.device} is not usable here ({str(e).splitlines()[0]}): try --device cpu') from None
+    if args.dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f'--dtype is float32 or bfloat16, not {args.dtype}')
     args.name = args.name or '-'.join([os.path.basename(args.model.rstrip('/')), args.task.replace(',', '+'),
                                        '+'.join(args.stages), f'seed{args.seed}'])
     return args
@@ -217,12 +226,14 @@ def chat(tokenizer, text):
 
 
 def base_batch(args, tokenizer, sources, step):
-    """One pretraining batch [(prompt ids, answer ids)]: problems of all tasks, answered by thinkers and guessers."""
+    """One pretraining batch [(prompt ids, answer ids)]: first worked solutions, then what thinkers and guessers write."""
     pairs = []
     for i in range(args.base_batch):
-        rng = random_stream('base', step, i)
         prompt_ids, example = sources[i % len(sources)].draw(step * args.base_batch + i)
-        pairs.append((prompt_ids, tokenizer(rewards.demonstration(example, rng, args.thinkers))['input_ids']))
+        textbook = step < args.textbook * args.base_steps
+        text = rewards.tagged(example['solution'], example['reply']) if textbook else \
+            rewards.demonstration(example, random_stream('base', step, i), args.thinkers)
+        pairs.append((prompt_ids, tokenizer(text)['input_ids'][:args.gen_length]))
     return pairs
 
 
@@ -256,8 +267,9 @@ def evaluate(args, model, tokenizer, problems, stage):
                               disable=None):
                 batch = order[first:first + args.eval_batch]
                 ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
-                completion_ids = generate(model, ids, length, args.block_length, length // 2, cfg_scale=args.cfg_scale,
-                                          attention_mask=attention_mask)
+                with gathered(model):
+                    completion_ids = generate(model, ids, length, args.block_length, length // 2,
+                                              cfg_scale=args.cfg_scale, attention_mask=attention_mask)
                 mask = completion_mask(completion_ids, model.config.end_ids)
                 texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
                 examples = [pairs[i][1] for i in batch]
@@ -265,20 +277,61 @@ def evaluate(args, model, tokenizer, problems, stage):
                     done.append((i, dict(question=pairs[i][1]['question'], generations=text,
                                          ground_truth=pairs[i][1]['answer'], effective_tokens=n, **grade)))
             done = [item for _, item in sorted(gather(done), key=lambda pair: pair[0])]
-            scores[task][length] = rewards.summary(done)
+            scores[task][str(length)] = rewards.summary(done)
             if rank() == 0:
                 write_json(os.path.join(run_folder(args), f'{stage}_{task}_{length}_generations.json'),
-                           dict(generations=done, metrics=scores[task][length], model_path=args.model,
+                           dict(generations=done, metrics=scores[task][str(length)], model_path=args.model,
                                 gen_length=length, diffusion_steps=length // 2, block_length=args.block_length))
     return scores
 
 
+def constant_scores(args, tokenizer, problems):
+    """What one answer scores that does not read the problem, in the form that evaluate returns."""
+    scores = {}
+    for task, pairs in problems.items():
+        text = rewards.tagged('', rewards.TASKS[task].trivial)
+        graded = grades(task, [text] * len(pairs), [example for _, example in pairs])
+        tokens = len(tokenizer(text)['input_ids'])
+        row = rewards.summary([dict(effective_tokens=tokens, **grade) for grade in graded])
+        scores[task] = {str(length): row for length in args.eval_lengths}
+    return scores
+
+
 def grades(task, texts, examples):
-    """Reward and correctness of each text; in a pool, since code is run in processes of its own."""
-    t = rewards.TASKS[task]
+    """Reward and correctness of each text, for its example or for one; in a pool, since code runs in processes."""
+    t, examples = rewards.TASKS[task], examples if isinstance(examples, list) else [examples] * len(texts)
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
         return list(pool.map(lambda text, example: dict(reward=t.reward(text, example), correct=t.correct(text, example)),
                              texts, examples))
+
+
+def shard(model):
+    """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Inside, every process holds the whole of a sharded model, so that each can sample at its own pace."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model)
+        part.reshard()
+
+
+def frozen_copy(model):
+    """A copy with all weights in one place, sharded or not as the model is; every process takes part."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.device('meta'):
+        copy = LLaDA(model.config)
+    copy.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+    return copy.requires_grad_(False).eval()
 
 
 # ---- files of a run ----
@@ -342,16 +395,17 @@ class Run:
 
     def begin(self, stage, model, optimizers):
         """The step to begin a stage with: 0, or where its checkpoint was written; the logs are cut back to it."""
-        if not os.path.exists(self.checkpoint):
-            return 0
-        if torch.load(self.checkpoint, map_location='cpu', weights_only=True)['progress']['stage'] != stage:
-            return 0
-        progress = restore(self.checkpoint, model, optimizers)
+        progress = dict(stage='', sizes=[0, 0])
+        if os.path.exists(self.checkpoint):
+            progress = torch.load(self.checkpoint, map_location='cpu', weights_only=True)['progress']
         for path, size in zip(self.logs, progress['sizes']):
             if rank() == 0 and os.path.exists(path):
                 os.truncate(path, size)
-        self.bad = progress['bad']
+        if progress['stage'] != stage:
+            return 0
         say(f'going on with {stage} at step {progress["step"]}')
+        restore(self.checkpoint, model, optimizers)
+        self.bad = progress['bad']
         return progress['step']
 
     def end_step(self, args, stage, step, steps, model, optimizers):
@@ -404,15 +458,16 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
     optimizers = [adamw(model, args.learning_rate, args.weight_decay)]
     start = run.begin('grpo', model, optimizers)
     for step in range(start, args.grpo_steps):                                                              # 2
-        began, rollouts, masks = time.time(), [], {}
+        began, rollouts = time.time(), []
         for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
             source = sources[k % len(sources)]
             prompt_ids, example = source.draw(step * args.num_prompts + k)                                  # 4
-            group = rollout(model, tokenizer, prompt_ids,                                                   # 5
-                            lambda texts: [g['reward'] for g in grades(source.task, texts, [example] * len(texts))],
-                            args.num_generations, torch_stream(device, args.seed, 'rollout', step, k),
-                            gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
-                            temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale)
+            with gathered(model):
+                group = rollout(model, tokenizer, prompt_ids, num_generations=args.num_generations,         # 5
+                                reward=lambda texts: [g['reward'] for g in grades(source.task, texts, example)],
+                                generator=torch_stream(device, args.seed, 'rollout', step, k),
+                                gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
+                                temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale)
             advantages = group_advantages(group.rewards, args.num_generations)                              # 6
             rollouts.append((k, source.task, example, group, advantages))
         views = []  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
@@ -494,6 +549,9 @@ def nano_base(args):
 
 def save_model(folder, model, tokenizer):
     """The model and tokenizer in the Hugging Face layout; the folder appears only when it is whole."""
+    model = frozen_copy(model) if isinstance(model, FSDPModule) else model
+    if rank():
+        return
     shutil.rmtree(folder + '.new', ignore_errors=True)
     model.save_pretrained(folder + '.new')
     tokenizer.save_pretrained(folder + '.new')
@@ -501,18 +559,13 @@ def save_model(folder, model, tokenizer):
     os.replace(folder + '.new', folder)
 
 
-def wrap(args, model):
-    """What the loss goes through: the model, under DDP when several processes train it."""
-    if world_size() == 1:
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model)
-
-
 def train_stage(args, run, stage, model, tokenizer, sources):
     """One stage from the weights before it to the weights after it, kept in out/NAME/STAGE.pt."""
     after = os.path.join(run.folder, f'{stage}.pt')
+    net = model
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
+        net = DistributedDataParallel(model) if world_size() > 1 else model
     if os.path.exists(after):
         restore(after, model)
     elif stage == 'sft':
@@ -521,12 +574,17 @@ def train_stage(args, run, stage, model, tokenizer, sources):
             shuffled = lambda epoch: random_stream(args.seed, 'sft', epoch).sample(pairs, len(pairs))
             places = range(step * args.sft_batch, (step + 1) * args.sft_batch)
             return [shuffled(place // len(pairs))[place % len(pairs)] for place in places]
-        train_sft(args, run, 'sft', model, wrap(args, model), [adamw(model, args.sft_learning_rate, args.weight_decay)],
+        train_sft(args, run, 'sft', model, net, [adamw(model, args.sft_learning_rate, args.weight_decay)],
                   draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
     else:
-        frozen = None if args.lora_rank or not args.beta else copy.deepcopy(model).requires_grad_(False)
-        reference = (lambda: lora_off(model)) if args.lora_rank else (lambda: contextlib.nullcontext(frozen))
-        train_grpo(args, run, model, wrap(args, model), tokenizer, sources, reference)
+        if args.lora_rank:
+            reference = lambda: lora_off(model)
+        else:
+            frozen = frozen_copy(model) if args.beta else None
+            if frozen and isinstance(model, FSDPModule):
+                shard(frozen)
+            reference = lambda: contextlib.nullcontext(frozen)
+        train_grpo(args, run, model, net, tokenizer, sources, reference)
     if not os.path.exists(after):
         save(after, model)
     if args.lora_rank:
@@ -542,6 +600,8 @@ def main(argv=None):
     folder = nano_base(args) if args.model == 'nano' else args.model
     model, tokenizer = load(folder, getattr(torch, args.dtype), args.device)
     model.gradient_checkpointing = args.gradient_checkpointing
+    if world_size() > 1 and not args.lora_rank:
+        shard(model)
     tests = {task: Problems(args, tokenizer, task, 'test').first(args.eval_n) for task in args.tasks}
     sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
     results = {}
@@ -551,6 +611,7 @@ def main(argv=None):
     if os.path.exists(results_file):
         with open(results_file) as f:
             results = json.load(f)
+    results['constant'] = constant_scores(args, tokenizer, tests)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, 'stop', True))
     for stage in ['base', *([] if args.eval_only else args.stages)]:
         if stage != 'base':
@@ -559,26 +620,27 @@ def main(argv=None):
             results[stage] = evaluate(args, model, tokenizer, tests, stage)
             if rank() == 0:
                 write_json(results_file, results)
+    if not args.eval_only:
+        save_model(os.path.join(run.folder, 'model'), model, tokenizer)
     if rank() == 0:
-        if not args.eval_only:
-            save_model(os.path.join(run.folder, 'model'), model, tokenizer)
+        if 'grpo' in results:
+            curves(run)
         print(table(args, results))
 
 
 def table(args, results):
     """The results as text: a row a stage, at each generation length accuracy with its 95 % interval, reward, tokens."""
-    names = {'base': 'base', 'sft': '+ SFT', 'grpo': 'd1 (SFT + diffu-GRPO)' if 'sft' in results else '+ diffu-GRPO'}
+    names = {'constant': 'one constant answer', 'base': 'base', 'sft': '+ SFT', 'grpo': 'd1 (SFT + diffu-GRPO)' if 'sft' in results else '+ diffu-GRPO'}
     lines = []
     for task in args.tasks:
         lines += ['', f'{task}: accuracy % [95 % interval], mean reward, effective tokens, at generation length',
                   f'{"":24}' + ''.join(f'{length:<38}' for length in args.eval_lengths)]
         for stage, scores in results.items():
-            cells = [scores[task][str(n)] if str(n) in scores[task] else scores[task][n] for n in args.eval_lengths]
+            cells = [scores[task][str(n)] for n in args.eval_lengths]
             lines.append(f'{names[stage]:24}' + ''.join(
                 f'{100 * c["accuracy"]:5.1f} [{100 * c["low"]:.1f}, {100 * c["high"]:.1f}] {c["reward"]:5.2f} '
                 f'{c["effective_tokens"]:5.1f}'.ljust(30) + (f'cells {100 * c["share"]:.1f}' if task == 'sudoku' else '').ljust(12)
                 for c in cells))
-        trivial = rewards.TASKS[task].trivial
     return '\n'.join(lines)
 
 

@@ -1,0 +1,164 @@
+"""The recipe end to end, in miniature: it runs, resumes to the same numbers, and says what is wrong in one line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import rewards
+import train
+
+ROOT = os.path.join(os.path.dirname(__file__), '..')
+SMALL = ('--base_steps 3 --base_batch 4 --sft_steps 3 --sft_batch 4 --sft_problems 4 --grpo_steps 3 --num_prompts 2 '
+         '--num_generations 2 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 --sft_length 32 --eval_n 3 '
+         '--eval_lengths 8,16 --save_every 1').split()
+
+
+def rows(path):
+    """The rows of a log without their timings."""
+    with open(path) as f:
+        return [{k: v for k, v in json.loads(line).items() if 'seconds' not in k} for line in f]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['weights']
+
+
+def run(out, *flags):
+    train.main([*SMALL, '--out', str(out), *flags])
+
+
+@pytest.fixture(scope='module', autouse=True)
+def varied_reward():
+    """A reward that even an untrained model's completions earn in different amounts."""
+    task = rewards.TASKS['gsm8k']
+    rewards.TASKS['gsm8k'] = task._replace(reward=lambda text, example: len(set(text)) / 10)
+    yield
+    rewards.TASKS['gsm8k'] = task
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """An uninterrupted run, from the base to the table."""
+    out = tmp_path_factory.mktemp('out')
+    run(out, '--name', 'whole')
+    return out
+
+
+def test_the_recipe_leaves_all_its_files(whole):
+    files = os.listdir(whole / 'whole')
+    for name in ('config.json', 'log.jsonl', 'samples.jsonl', 'results.json', 'model', 'sft.pt', 'grpo.pt'):
+        assert name in files
+    results = json.load(open(whole / 'whole' / 'results.json'))
+    assert set(results) == {'constant', 'base', 'sft', 'grpo'}
+    assert results['grpo']['gsm8k']['16']['n'] == 3
+    assert [row['stage'] for row in rows(whole / 'whole' / 'log.jsonl')] == ['sft'] * 3 + ['grpo'] * 3
+
+
+def test_same_seed_gives_the_same_log(whole):
+    run(whole, '--name', 'again')
+    assert rows(whole / 'again' / 'log.jsonl') == rows(whole / 'whole' / 'log.jsonl')
+    run(whole, '--name', 'other', '--seed', '1')
+    assert rows(whole / 'other' / 'log.jsonl') != rows(whole / 'whole' / 'log.jsonl')
+
+
+def test_first_ratio_is_one_and_masks_differ_between_updates(whole):
+    log = [row for row in rows(whole / 'whole' / 'log.jsonl') if row['stage'] == 'grpo']
+    assert all(row['first_ratio'] == 1 for row in log)
+    run(whole, '--name', 'fixed', '--fixed_mask')
+    fixed = [row for row in rows(whole / 'fixed' / 'log.jsonl') if row['stage'] == 'grpo']
+    assert fixed[0]['reward'] == log[0]['reward'] and fixed[0]['loss'] != log[0]['loss']
+
+
+@pytest.mark.parametrize('stage, step', [('sft', 0), ('sft', 1), ('grpo', 0), ('grpo', 1), ('grpo', 2)])
+def test_stopped_run_resumes_to_the_same_numbers(whole, monkeypatch, stage, step):
+    name = f'stopped-{stage}-{step}'
+    end_step = train.Run.end_step
+    def stop_at(self, args, at_stage, at_step, *rest):
+        self.stop = (at_stage, at_step) == (stage, step)
+        end_step(self, args, at_stage, at_step, *rest)
+    monkeypatch.setattr(train.Run, 'end_step', stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        run(whole, '--name', name)
+    monkeypatch.undo()
+    run(whole, '--name', name, '--resume')
+    assert rows(whole / name / 'log.jsonl') == rows(whole / 'whole' / 'log.jsonl')
+    assert rows(whole / name / 'samples.jsonl') == rows(whole / 'whole' / 'samples.jsonl')
+    ours, theirs = weights(whole / name / 'grpo.pt'), weights(whole / 'whole' / 'grpo.pt')
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_killed_run_resumes_to_the_same_numbers(whole):
+    name, command = 'killed', [sys.executable, 'train.py', *SMALL, '--out', str(whole), '--name', 'killed']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    log = whole / name / 'log.jsonl'
+    for kills in range(3):
+        process = subprocess.Popen([*command, *(['--resume'] if kills else [])], cwd=ROOT, env=environment,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(rows(log)) if log.exists() else 0
+        while process.poll() is None and not (log.exists() and log.read_text().count('\n') > before):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, '--resume'], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run([*command[:-1], 'unkilled'], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert rows(log) == rows(whole / 'unkilled' / 'log.jsonl')
+    ours, theirs = weights(whole / name / 'grpo.pt'), weights(whole / 'unkilled' / 'grpo.pt')
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(whole):
+    run(whole, '--name', 'lora', '--lora_rank', '4', '--lora_alpha', '8')
+    assert all('.lora_' in key for key in weights(whole / 'lora' / 'grpo.pt'))
+    merged = train.LLaDA.from_pretrained(str(whole / 'lora' / 'model')).state_dict()
+    full = train.LLaDA.from_pretrained(str(whole / 'whole' / 'model')).state_dict()
+    assert merged.keys() == full.keys()
+    assert torch.equal(merged['blocks.0.ff_proj.weight'], merged['blocks.0.ff_proj.weight'])
+
+
+def test_a_run_is_never_overwritten(whole):
+    with pytest.raises(ValueError, match='--resume goes on with it'):
+        run(whole, '--name', 'whole')
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(whole, monkeypatch):
+    loss = train.grpo_loss
+    def broken(*tensors):
+        value, stats = loss(*tensors)
+        return value * float('nan'), stats
+    monkeypatch.setattr(train, 'grpo_loss', broken)
+    monkeypatch.setattr(train, 'MAX_BAD_UPDATES', 4)
+    with pytest.raises(ValueError, match='4 updates in a row'):
+        run(whole, '--name', 'broken')
+    before, kept = weights(whole / 'broken' / 'sft.pt'), weights(whole / 'broken' / 'checkpoint.pt')
+    assert all(torch.equal(before[key], kept[key]) for key in before)
+
+
+BAD = [
+    ('--task gsm9k', 'choose from'),
+    ('--stages rl', 'choose from'),
+    ('--gen_length 20', 'not a multiple of block_length'),
+    ('--steps 3', 'not a multiple of'),
+    ('--num_generations 1', 'at least 2'),
+    ('--data nowhere.jsonl', 'no such'),
+    ('--model nowhere/nothing', 'check the name'),
+    ('--lora_rank 4 --lora_targets q_projection', 'matches no layer'),
+    ('--device cuda' if not torch.cuda.is_available() else '--device none', 'device'),
+    ('--eval_lengths 12', 'not a multiple of block_length'),
+    ('--max_prompt 3 --data DATA', 'raise it'),
+]
+
+
+@pytest.mark.parametrize('flags, says', BAD)
+def test_bad_input_is_one_line_and_status_2(whole, tmp_path, flags, says):
+    data = tmp_path / 'data.jsonl'
+    data.write_text(json.dumps(dict(question='How many?', answer='2+2=4\n#### 4')) + '\n')
+    flags = flags.replace('DATA', str(data)).split()
+    done = subprocess.run([sys.executable, 'train.py', *SMALL, '--out', str(whole), '--name', 'bad', *flags], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+    assert done.stderr.count('\n') == 1, done.stderr
