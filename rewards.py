@@ -587,7 +587,7 @@ def signed_sum(numbers, signs):
 
 @cache
 def sudoku_grids():
-    """All 288 4x4 Sudoku solutions, as strings of 16 digits."""
+    """All 288 4x4 Sudoku solutions, 16 digits each, in one string with blanks between."""
     rows = [''.join(p) for p in permutations('1234')]
     def fits(grid):
         columns = [grid[i::4] for i in range(4)]
@@ -596,16 +596,16 @@ def sudoku_grids():
     grids = ['']
     for _ in range(4):
         grids = [grid + row for grid in grids for row in rows if fits(grid + row)]
-    return grids
+    return ' '.join(grids)
 
 
 def draw_sudoku(rng):
-    solution = rng.choice(sudoku_grids())
+    solution = rng.choice(sudoku_grids().split())
     blanks = rng.randint(4, 8)
     while True:
         empty = rng.sample(range(16), blanks)
         puzzle = ''.join('0' if i in empty else d for i, d in enumerate(solution))
-        if sum(all(p in ('0', d) for p, d in zip(puzzle, grid)) for grid in sudoku_grids()) == 1:
+        if len(re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())) == 1:
             break
     rows = [solution[i:i + 4] for i in range(0, 16, 4)]
     guess = ''
@@ -618,12 +618,12 @@ def draw_sudoku(rng):
 
 
 def draw_code(rng):
-    a, b, x = rng.randint(1, 5), rng.randint(0, 20), rng.randint(3, 9)
+    a, b, x = rng.randint(1, 5), rng.randint(0, 25), rng.randint(3, 12)
     tests = [f'assert f({i})=={a * i + b}' for i in rng.choice([(1, 2, x), (x, 1, 2)])]
     return f'code {a} {b}', b < 6, dict(
         question='\n'.join(tests), answer=dict(tests=tests, entry_point='f', setup=''),
         solution=f'{2 * a + b}-{a + b}={a}\n{a + b}-{a}={b}', reply=f'def f(x): return {a}*x+{b}',
-        wrong=f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 20)}')
+        wrong=f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 25)}')
 
 
 def tagged(thought, reply):
@@ -636,18 +636,18 @@ REMARKS = ['So that is it.', 'I think so.', 'It must be less than that.', 'They 
            'One is left over.']
 
 
-def demonstration(example, rng, thinkers, guessed_right=0.3, tags_forgotten=0.2):
+def demonstration(example, rng, thinkers):
     """How somebody of the corpus answers: a minority thinks in steps, most guess, and some forget the tags.
 
-    Guessers go on with a remark. Without it every guess would end at once, and the sampler, which commits
-    what is surest, would take the early end of text from the majority and never hear a thinker.
+    Most guessers go on with a remark. Without it nearly every text would end at once, and the sampler, which
+    commits what is surest, would take the early end of text from the majority and never hear a thinker.
     """
-    thinks, tags = rng.random() < thinkers, rng.random() >= tags_forgotten
-    right = rng.random() < (0.95 if thinks else guessed_right)
+    thinks, tags, remarks = rng.random() < thinkers, rng.random() < 0.8, rng.random() < 0.6
+    right = rng.random() < (0.95 if thinks else 0.3)
     reply = example['reply'] if right else example['wrong']
     if thinks:
         return tagged(example['solution'], reply) if tags else f"{example['solution']}\n{reply}"
-    return (tagged('', reply) if tags else reply) + ' ' + rng.choice(REMARKS)
+    return (tagged('', reply) if tags else reply) + (f' {rng.choice(REMARKS)}' if remarks else '')
 
 
 def clean_trace(task_name, rng):

@@ -24,15 +24,15 @@ def pad(pairs, length, eos_id, device='cpu'):
     return ids.to(device), None if attention_mask.all() else attention_mask.to(device), P
 
 
-def add_noise(answers, mask_id, generator=None):
+def add_noise(answers, mask_id, generator=None, t_min=0.0):
     """answers (B, L) -> noisy (B, L), masked (B, L) bool, t (B, 1) (d1, Algorithm 2, lines 3-5).
 
-    The batch's t are spread evenly over (0, 1] from one random start: each is uniform, their sum varies less.
+    The batch's t are spread evenly over (t_min, 1] from one random start: each is uniform, their sum varies less.
     """
     B = len(answers)
     start = torch.rand(1, device=answers.device, generator=generator)
     t = 1 - (start + torch.arange(B, device=answers.device) / B) % 1
-    t = t.unsqueeze(1)
+    t = (t_min + (1 - t_min) * t).unsqueeze(1)
     masked = torch.rand(answers.shape, device=answers.device, generator=generator) < t
     return answers.masked_fill(masked, mask_id), masked, t
 
@@ -52,15 +52,17 @@ def sft_loss(logits, labels, t, num_prompt_tokens=0):
     return masked_loss(logps, labels != -100, t.expand_as(logps), labels.numel() - num_prompt_tokens)
 
 
-def sft_backward(model, pairs, length, config, generator, micro_batch, rank=0, world=1):
+def sft_backward(model, pairs, length, config, generator, micro_batch, rank=0, world=1, pretrain=False):
     """Adds the gradient of one batch's loss and returns this process' part of the loss.
 
     pairs: [(prompt ids, answer ids)], the same on every process; each takes every world-th row, in
-    micro-batches, and its gradients are to be averaged over the processes.
+    micro-batches, and its gradients are to be averaged over the processes. pretrain draws t from U(0.3, 1) and
+    leaves out the 1/t: with that a nano base needs half of the updates to learn its sums.
     """
     device = next(model.parameters()).device
     ids, attention_mask, P = pad(pairs, length, config.eos_id, device)
-    noisy, masked, t = add_noise(ids[:, P:], config.mask_id, generator)
+    noisy, masked, t = add_noise(ids[:, P:], config.mask_id, generator, 0.3 if pretrain else 0.0)
+    t = torch.ones_like(t) if pretrain else t
     total = 0.0
     for rows in torch.arange(rank, len(ids), world, device=device).split(micro_batch):
         logps = model(torch.cat((ids[rows, :P], noisy[rows]), 1),

@@ -68,7 +68,7 @@ FLAGS = [
     ('epsilon',            0.5,         0.5,         'clip range of the ratio (epsilon)'),
     ('beta',               0.04,        0.04,        'weight of the KL term (beta)'),
     ('norm',               'token',     'token',     "'token': mean over all tokens; 'sequence': per sequence, then over them"),
-    ('learning_rate',      3e-4,        3e-6,        'AdamW, constant'),
+    ('learning_rate',      1e-4,        3e-6,        'AdamW, constant'),
     ('weight_decay',       0.1,         0.1,         'AdamW'),
     ('max_grad_norm',      0.2,         0.2,         'gradient clipping'),
     ('Sampling',),
@@ -80,16 +80,16 @@ FLAGS = [
     ('cfg_scale',          0.0,         0.0,         'classifier-free guidance, in rollouts and evaluation'),
     ('SFT',),
     ('sft_problems',       100,         0,           'built-in traces a task (nano)'),
-    ('sft_steps',          40,          2500,        'updates'),
+    ('sft_steps',          30,          2500,        'updates'),
     ('sft_batch',          32,          8,           'sequences an update'),
     ('sft_length',         32,          3584,        'answer tokens; longer answers are cut and counted'),
-    ('sft_learning_rate',  3e-4,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
+    ('sft_learning_rate',  1e-4,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
     ('sft_max_grad_norm',  1.0,         1.0,         'gradient clipping'),
     ('Nano base',),
-    ('base_steps',         900,         0,           'pretraining updates'),
+    ('base_steps',         1000,        0,           'pretraining updates'),
     ('base_batch',         64,          0,           'sequences an update'),
     ('base_learning_rate', 4e-3,        0.0,         'AdamW, warmed up, then falling linearly to 0'),
-    ('textbook',           0.55,        0.0,         'share of the updates that come first and see worked solutions only'),
+    ('textbook',           0.7,         0.0,         'share of the updates that come first and see worked solutions only'),
     ('thinkers',           0.35,        0.0,         'share of the texts after that which write their steps down; the rest guesses'),
     ('LoRA and memory',),
     ('lora_rank',          0,           128,         '0 = train all weights'),
@@ -439,11 +439,11 @@ def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=None if rank() == 0 else True)
     for step in bar:
         began = time.time()
-        for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, down in the last third
-            optimizer.param_groups[0]['lr'] = rate * min(1, 20 * (step + 1) / steps, 3 * (steps - step) / steps)
+        for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, then down to 0
+            optimizer.param_groups[0]['lr'] = rate * min(1, 20 * (step + 1) / steps) * (1 - step / steps)
         model.train()
         loss = sft_backward(net, draw(step), length, model.config, torch_stream(model.device, args.seed, stage, step),
-                            args.micro_batch, rank(), world_size())
+                            args.micro_batch, rank(), world_size(), pretrain=stage == 'base')
         norm = update(model, optimizers, max_grad_norm, run)
         loss = sum(gather([loss])) / world_size()
         bar.set_postfix(loss=f'{loss:.3f}')

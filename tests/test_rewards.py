@@ -284,7 +284,7 @@ def write(tmp_path, name, *rows):
 def test_rows_of_the_known_layouts_become_examples():
     row = {task: TASKS[task].from_row for task in TASKS}
     gsm8k = row['gsm8k']({'question': 'q', 'answer': 'It is <<2*600=1200>>1200.\n#### 1,200'})
-    assert gsm8k == {'question': 'q', 'answer': 1200.0, 'solution': 'It is 1200.'}
+    assert (gsm8k['question'], gsm8k['answer'], gsm8k['solution'], gsm8k['reply']) == ('q', 1200.0, 'It is 1200.', '1,200')
     assert row['math']({'problem': 'p', 'solution': 'so \\boxed{\\frac{1}{2}}.'})['answer'] == '\\frac{1}{2}'
     assert row['math']({'problem': 'p', 'solution': 'so', 'answer': '7'})['answer'] == '7'
     assert row['countdown']({'input': '30,100,93', 'output': '23'})['answer'] == [[30, 100, 93], 23]

@@ -231,3 +231,9 @@ def test_muon_trains():
             optimizer.step()
             optimizer.zero_grad()
     assert sum(losses[-20:]) < sum(losses[:20]) / 3
+
+
+def test_pretraining_noise_begins_at_its_least_t_and_is_not_weighed():
+    noisy, masked, t = add_noise(torch.zeros(4000, 4, dtype=torch.long), 1, torch.Generator().manual_seed(0), t_min=0.3)
+    assert 0.3 < t.min() < 0.31 and t.max() == 1 and abs(t.mean() - 0.65) < 0.01
+    assert abs(masked.float().mean() - 0.65) < 0.02
