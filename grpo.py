@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from loglik import completion_logps, random_prompt_mask
+from loglik import completion_logps
 from sample import generate
 
 

@@ -435,11 +435,11 @@ def column(row, name, kind=str):
 
 
 def gsm8k_row(row):
-    """GSM8K: question, answer (worked text, then #### 18)."""
+    """GSM8K: question, answer (worked text, then #### 18); its <<3*6=18>> are the steps of a demonstration."""
     question, (work, marker, final) = column(row, 'question'), column(row, 'answer').rpartition('####')
     if not marker or number(final) is None:
         raise ValueError("column 'answer' does not end in #### and a number")
-    return {'question': question, 'answer': number(final), 'solution': re.sub(r'<<[^<>]*>>', '', work).strip(),
+    return {'question': question, 'answer': number(final), 'solution': '\n'.join(re.findall('<<([^<>]*)>>', work)) or work.strip(),
             'reply': final.strip(), 'wrong': (re.findall(DIGITS, question) or ['0'])[-1]}
 
 

@@ -5,6 +5,8 @@ cross-entropy of the masked tokens weighed by 1/t. The prompt is never masked; t
 belongs to the answer, so that the model learns where to stop. The nano base is pretrained with it too.
     python sft.py --task gsm8k      the SFT stage alone (train.py's flags)
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -97,3 +99,8 @@ class Muon(torch.optim.Optimizer):
                     x = 3.4445 * x + (-4.7750 * y + 2.0315 * y @ y) @ x
                 x = x.T if p.size(0) > p.size(1) else x
                 p.add_(x, alpha=-group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+if __name__ == '__main__':
+    import train
+    train.run(['--stages', 'sft', *sys.argv[1:]])

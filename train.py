@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import random
@@ -83,7 +82,7 @@ FLAGS = [
     ('sft_steps',          30,          2500,        'updates'),
     ('sft_batch',          32,          8,           'sequences an update'),
     ('sft_length',         32,          3584,        'answer tokens; longer answers are cut and counted'),
-    ('sft_learning_rate',  1e-4,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
+    ('sft_learning_rate',  2e-5,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
     ('sft_max_grad_norm',  1.0,         1.0,         'gradient clipping'),
     ('Nano base',),
     ('base_steps',         1000,        0,           'pretraining updates'),
@@ -105,7 +104,8 @@ FLAGS = [
     ('save_every',         10,          10,          'updates (SFT) or outer iterations (GRPO) between checkpoints'),
     ('sample_every',       10,          10,          'outer iterations between printed completions'),
 ]
-# Settings that one task has of its own.
+# Settings that one task has of its own, and the nano model on real text, which is longer.
+NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
 TASK_PRESETS = {
     'nano': {},
     'LLaDA': {'countdown': dict(num_iterations=8), 'sudoku': dict(num_iterations=8, temperature=0.3)},
@@ -128,6 +128,8 @@ def parse(argv):
     world = 'nano' if given.get('model', 'nano') == 'nano' else 'LLaDA'
     settings = {row[0]: row[1] if world == 'nano' else row[2] for row in FLAGS if len(row) > 1}
     settings.update(TASK_PRESETS[world].get(given.get('task', settings['task']), {}))
+    if world == 'nano' and given.get('data'):
+        settings.update(NANO_DATA_PRESET)
     return argparse.Namespace(**{**settings, **given})
 
 
@@ -454,7 +456,7 @@ def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max
 
 def train_grpo(args, run, model, net, tokenizer, sources, reference):
     """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1. reference: a context in which a model is the reference policy."""
-    device, config = model.device, model.config
+    device = model.device
     optimizers = [adamw(model, args.learning_rate, args.weight_decay)]
     start = run.begin('grpo', model, optimizers)
     for step in range(start, args.grpo_steps):                                                              # 2
@@ -662,11 +664,14 @@ def curves(run):
     figure.savefig(os.path.join(run.folder, 'curves.png'), dpi=100)
 
 
-if __name__ == '__main__':
+def run(argv=None):
+    """main, with one clear line and status 2 for what the user can mend, and 130 after Ctrl-C."""
     if 'RANK' in os.environ:  # started by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group()
     try:
-        main()
+        main(argv)
     except (ValueError, OSError) as e:
         sys.exit(print(f'train.py: {e}', file=sys.stderr) or 2)
     except KeyboardInterrupt:
@@ -674,3 +679,7 @@ if __name__ == '__main__':
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run()

@@ -1,8 +1,6 @@
 """What rewards.py claims: verdicts as the official evaluation's, rewards as the paper's, no harm from any text."""
 import json
-import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -225,7 +223,6 @@ def test_code_earns_the_share_of_tests_and_the_format_part(sandbox):
 
 @needs_shared
 def test_human_eval_solutions_pass_and_empty_bodies_fail(sandbox):
-    from datasets import load_dataset
     path = str(SHARED / 'data/humaneval.jsonl.gz')
     rows, examples = rewards.json_lines(path), load_examples('code', path)
     assert len(examples) == 164
@@ -284,7 +281,7 @@ def write(tmp_path, name, *rows):
 def test_rows_of_the_known_layouts_become_examples():
     row = {task: TASKS[task].from_row for task in TASKS}
     gsm8k = row['gsm8k']({'question': 'q', 'answer': 'It is <<2*600=1200>>1200.\n#### 1,200'})
-    assert (gsm8k['question'], gsm8k['answer'], gsm8k['solution'], gsm8k['reply']) == ('q', 1200.0, 'It is 1200.', '1,200')
+    assert (gsm8k['question'], gsm8k['answer'], gsm8k['solution'], gsm8k['reply']) == ('q', 1200.0, '2*600=1200', '1,200')
     assert row['math']({'problem': 'p', 'solution': 'so \\boxed{\\frac{1}{2}}.'})['answer'] == '\\frac{1}{2}'
     assert row['math']({'problem': 'p', 'solution': 'so', 'answer': '7'})['answer'] == '7'
     assert row['countdown']({'input': '30,100,93', 'output': '23'})['answer'] == [[30, 100, 93], 23]
