@@ -437,7 +437,8 @@ def update(model, optimizers, max_grad_norm, run):
 
 def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max_grad_norm):
     """Masked SFT (Algorithm 2), also the base's pretraining; draw(step) gives the step's pairs, the same on every process."""
-    start, rates = run.begin(stage, model, optimizers), [o.param_groups[0]['lr'] for o in optimizers]
+    rates = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]  # before a checkpoint brings its own
+    start = run.begin(stage, model, optimizers)
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=None if rank() == 0 else True)
     for step in bar:
         began = time.time()

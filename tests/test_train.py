@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_and_status_2(whole, tmp_path, flags, says):
     data = tmp_path / 'data.jsonl'
     data.write_text(json.dumps(dict(question='How many?', answer='2+2=4\n#### 4')) + '\n')
     flags = flags.replace('DATA', str(data)).split()
-    done = subprocess.run([sys.executable, 'train.py', *SMALL, '--out', str(whole), '--name', 'bad', *flags], cwd=ROOT,
+    done = subprocess.run([sys.executable, 'train.py', *SMALL, '--out', str(whole), '--name', tmp_path.name, *flags], cwd=ROOT,
                           capture_output=True, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
     assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
     assert done.stderr.count('\n') == 1, done.stderr
