@@ -235,5 +235,12 @@ def test_muon_trains():
 
 def test_pretraining_noise_begins_at_its_least_t_and_is_not_weighed():
     noisy, masked, t = add_noise(torch.zeros(4000, 4, dtype=torch.long), 1, torch.Generator().manual_seed(0), t_min=0.3)
-    assert 0.3 < t.min() < 0.31 and t.max() == 1 and abs(t.mean() - 0.65) < 0.01
+    assert 0.3 < t.min() < 0.31 and 0.999 < t.max() <= 1 and abs(t.mean() - 0.65) < 0.01
     assert abs(masked.float().mean() - 0.65) < 0.02
+
+    model, pairs = tiny(), [([5, 6], [7, 8, 9]), ([6, 7], [8])]
+    loss = sft_backward(model, pairs, 4, model.config, torch.Generator().manual_seed(1), 2, pretrain=True)
+    ids, _, P = pad(pairs, 4, model.config.eos_id)
+    noisy, masked, _ = add_noise(ids[:, P:], model.config.mask_id, torch.Generator().manual_seed(1), t_min=0.3)
+    logits = model(torch.cat((ids[:, :P], noisy), 1))[:, P:]
+    assert loss == pytest.approx(F.cross_entropy(logits[masked], ids[:, P:][masked], reduction='sum').item() / 8, rel=1e-5)
