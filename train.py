@@ -269,9 +269,8 @@ def evaluate(args, model, tokenizer, problems, stage):
                               disable=None):
                 batch = order[first:first + args.eval_batch]
                 ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
-                with gathered(model):
-                    completion_ids = generate(model, ids, length, args.block_length, length // 2,
-                                              cfg_scale=args.cfg_scale, attention_mask=attention_mask)
+                completion_ids = generate(model, ids, length, args.block_length, length // 2,
+                                          cfg_scale=args.cfg_scale, attention_mask=attention_mask)
                 mask = completion_mask(completion_ids, model.config.end_ids)
                 texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
                 examples = [pairs[i][1] for i in batch]
@@ -620,7 +619,8 @@ def main(argv=None):
         if stage != 'base':
             train_stage(args, run, stage, model, tokenizer, sources)
         if stage not in results:
-            results[stage] = evaluate(args, model, tokenizer, tests, stage)
+            with gathered(model):  # once for all: the processes may have different numbers of batches
+                results[stage] = evaluate(args, model, tokenizer, tests, stage)
             if rank() == 0:
                 write_json(results_file, results)
     if not args.eval_only:

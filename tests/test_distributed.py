@@ -9,7 +9,8 @@ import torch
 
 from test_train import ROOT, SMALL, rows
 
-FLAGS = [*SMALL, '--base_steps', '40', '--base_batch', '16', '--textbook', '0', '--eval_n', '4', '--num_prompts', '4', '--num_generations', '4']
+# 5 test problems one at a time: the two processes evaluate 3 and 2 batches.
+FLAGS = [*SMALL, '--base_steps', '40', '--base_batch', '16', '--textbook', '0', '--eval_n', '5', '--eval_batch', '1', '--num_prompts', '4', '--num_generations', '4']
 
 
 def launch(out, processes, name, *flags):
