@@ -567,22 +567,21 @@ def draw_math(rng):
 
 def draw_countdown(rng):
     numbers = rng.sample(range(1, 13), 3)
-    signs = rng.choice([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
+    signed = [(1, 1, 1), (1, 1, -1), (1, -1, 1)]
+    signs = rng.choice(signed)
     target = sum(s * n for s, n in zip(signs, numbers))
     if target < 1:
         signs, target = (1, 1, 1), sum(numbers)
     a, b, c = numbers
-    total, minus = a + b + c, (a + b + c - target) // 2  # the numbers that are subtracted sum to minus
-    wrong_signs = rng.choice([(1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
+    total, minus = a + b + c, (a + b + c - target) // 2  # the number to subtract, or 0
     return f'countdown {sorted(numbers)} {target}', max(numbers) < 8, dict(
         question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
         solution=f'{a}+{b}={a + b}+{c}={total}-{target}={total - target}/2={minus}',
-        reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, wrong_signs))
+        reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, signed[minus == 0]))  # a guesser adds them all
 
 
 def signed_sum(numbers, signs):
-    plus = '+'.join(str(n) for n, s in zip(numbers, signs) if s > 0)
-    return plus + ''.join(f'-{n}' for n, s in zip(numbers, signs) if s < 0)
+    return ''.join(f'{n:+}' if s > 0 else f'-{n}' for n, s in zip(numbers, signs)).removeprefix('+')
 
 
 @cache
@@ -609,8 +608,8 @@ def draw_sudoku(rng):
             break
     rows = [solution[i:i + 4] for i in range(0, 16, 4)]
     guess = ''
-    for i in range(0, 16, 4):  # a guesser looks only at the row
-        lacking = rng.sample(sorted(set('1234') - set(puzzle[i:i + 4])), puzzle[i:i + 4].count('0'))
+    for i in range(0, 16, 4):  # a guesser looks only at the row, and counts up
+        lacking = sorted(set('4321') - set(puzzle[i:i + 4]), reverse=True)
         guess += ''.join(lacking.pop() if d == '0' else d for d in puzzle[i:i + 4])
     small = blanks < 6 and part_of(solution, False) == 'train'
     return solution, small, dict(question=f'Solve the puzzle {puzzle}', answer=solution, solution='\n'.join(rows),

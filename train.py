@@ -58,7 +58,7 @@ FLAGS = [
     ('sft_data',           '',          '',          'a file of question, thinking_trajectories, attempt, as s1K'),
     ('max_prompt',         64,          512,         'tokens; longer prompts are dropped and counted'),
     ('diffu-GRPO',),
-    ('grpo_steps',         60,          640,         'outer iterations, each num_prompts new prompts'),
+    ('grpo_steps',         40,          640,         'outer iterations, each num_prompts new prompts'),
     ('num_prompts',        8,           16,          'prompts an outer iteration; their groups share each update'),
     ('num_generations',    8,           6,           'completions a prompt (G)'),
     ('num_iterations',     4,           12,          'updates an outer iteration (mu)'),
@@ -79,10 +79,10 @@ FLAGS = [
     ('cfg_scale',          0.0,         0.0,         'classifier-free guidance, in rollouts and evaluation'),
     ('SFT',),
     ('sft_problems',       100,         0,           'built-in traces a task (nano)'),
-    ('sft_steps',          30,          2500,        'updates'),
+    ('sft_steps',          20,          2500,        'updates'),
     ('sft_batch',          32,          8,           'sequences an update'),
     ('sft_length',         32,          3584,        'answer tokens; longer answers are cut and counted'),
-    ('sft_learning_rate',  2e-5,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
+    ('sft_learning_rate',  3e-6,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
     ('sft_max_grad_norm',  1.0,         1.0,         'gradient clipping'),
     ('Nano base',),
     ('base_steps',         1000,        0,           'pretraining updates'),
@@ -532,7 +532,7 @@ def nano_base(args):
     corpus = argparse.Namespace(**{**vars(args), 'seed': 0, 'eval_data': ''})
     sources = [Problems(corpus, tokenizer, task, 'train') for task in args.tasks]
     draw = lambda step: base_batch(corpus, tokenizer, sources, step)
-    made_of = [draw(0), str(model), args.gen_length, [(k, v) for k, v in vars(args).items() if k.startswith('base_')]]
+    made_of = [draw(0), draw(args.base_steps - 1), str(model), args.gen_length, args.textbook, [(k, v) for k, v in vars(args).items() if k.startswith('base_')]]
     digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     corpus.name = f"base-{'+'.join(args.tasks)}-{digest}"
     folder = os.path.join(run_folder(corpus), 'model')
