@@ -29,6 +29,17 @@ def check_lengths(gen_length, block_length, steps):
                          f'choose a multiple of {gen_length // block_length}')
 
 
+def check_speed(cache, refresh, threshold, remasking):
+    """Raises ValueError on faster modes that cannot work."""
+    if refresh < 0 or refresh and not cache:
+        raise ValueError(f'refresh {refresh} counts the steps between refreshes of a cache, 0 = never: '
+                         'it takes --cache and is not negative')
+    if not 0 <= threshold <= 1:
+        raise ValueError(f'threshold {threshold} is no probability: choose one from 0 (off) to 1')
+    if threshold and remasking == 'random':
+        raise ValueError(f"threshold {threshold} asks how sure the model is, which remasking 'random' does not: drop one")
+
+
 def choose(logits, mask_id, temperature, remasking, generator):
     """logits (R, n, V) -> tokens (R, n) and how sure the model is of each (R, n), float32.
 
@@ -48,7 +59,7 @@ def choose(logits, mask_id, temperature, remasking, generator):
 
 @torch.inference_mode()
 def denoise(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0, cfg_scale=0.0,
-            remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=None):
+            remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=0.0):
     """Yields the ids (B, P + L), some still masks, after every step; arguments as in generate."""
     check_lengths(gen_length, block_length, steps)
     if remasking not in ('low_confidence', 'random'):
@@ -68,7 +79,7 @@ def denoise(model, prompt_ids, gen_length=256, block_length=32, steps=128, tempe
         step, left = 0, block_length  # left: masks in each row's block, the same for all rows unless threshold
         while left:
             masked = ids[rows, block] == config.mask_id  # (R, block_length)
-            if threshold is None:
+            if not threshold:
                 columns = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
             else:
                 columns = torch.arange(block_length, device=device).expand(len(rows), -1)
@@ -78,7 +89,7 @@ def denoise(model, prompt_ids, gen_length=256, block_length=32, steps=128, tempe
             logits = predict(model, ids[rows], P, slice(None) if whole else block, row_mask,
                              columns + first - start, kv, start, cfg_scale)  # (R, left, V)
             tokens, sure = choose(logits, config.mask_id, temperature, remasking, generator)
-            if threshold is None:
+            if not threshold:
                 commit = torch.zeros_like(sure, dtype=torch.bool)
                 commit.scatter_(1, sure.topk(counts[step]).indices, True)
                 left -= counts[step]
@@ -114,13 +125,13 @@ def predict(model, ids, P, part, attention_mask, columns, kv, start, cfg_scale):
 
 
 def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0, cfg_scale=0.0,
-             remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=None):
+             remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=0.0):
     """Completions (B, L = gen_length) of prompt_ids (B, P), int64; everything behind a finished block with an end is eos.
 
     steps: over the whole completion; block_length and steps must fit gen_length, else ValueError.
     attention_mask (B, P): True or 1 = real token, for prompts padded on the left.
     cache: keys and values outside the block are computed in its first step, then every `refresh` steps (0 = never);
-    faster, not exact. threshold: commit all tokens at least this sure, and always one, instead of a fixed number.
+    faster, not exact. threshold: commit all tokens at least this sure, and always one, instead of a fixed number; 0 = off.
     """
     for ids in denoise(model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale, remasking,
                        attention_mask, generator, cache, refresh, threshold):
@@ -174,15 +185,20 @@ if __name__ == '__main__':
     p.add_argument('--block_length', type=int, default=8)
     p.add_argument('--steps', type=int, default=0, help='[gen_length / 2]')
     p.add_argument('--temperature', type=float, default=0.0)
+    p.add_argument('--cache', action='store_true', help='keys and values outside the block are kept within it; not exact')
+    p.add_argument('--refresh', type=int, default=0, help='steps between refreshes of the cache (0 = once a block)')
+    p.add_argument('--threshold', type=float, default=0.0, help='commit every token this sure, instead of a fixed number')
     p.add_argument('--seed', type=int, default=0, help='of the built-in problem')
     a = p.parse_args()
     try:
         if a.task not in rewards.TASKS:
             raise ValueError(f'--task {a.task} is unknown: choose from {", ".join(rewards.TASKS)}')
         check_lengths(a.gen_length, a.block_length, a.steps or a.gen_length // 2)
+        check_speed(a.cache, a.refresh, a.threshold, 'low_confidence')
         model, tokenizer = load(a.model or last_model(a.out))
         example = dict(question=a.prompt) if a.prompt else rewards.make(a.task, random.Random(a.seed), 'test')
         show(model.eval(), tokenizer, rewards.prompt(a.task, example), gen_length=a.gen_length,
-             block_length=a.block_length, steps=a.steps or a.gen_length // 2, temperature=a.temperature)
+             block_length=a.block_length, steps=a.steps or a.gen_length // 2, temperature=a.temperature, cache=a.cache, refresh=a.refresh,
+             threshold=a.threshold)
     except (ValueError, OSError) as e:
         sys.exit(print(f'sample.py: {e}', file=sys.stderr) or 2)

@@ -35,7 +35,7 @@ import rewards
 from grpo import completion_mask, fixed_logps, group_advantages, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
 from model import LLaDA, add_lora, load, lora_off, merge_lora
-from sample import check_lengths, generate
+from sample import check_lengths, check_speed, generate
 from sft import Muon, pad, sft_backward
 
 # Every flag, its default for the nano model and for LLaDA, and what it is (with the paper's symbol).
@@ -77,6 +77,9 @@ FLAGS = [
     ('temperature',        0.9,         0.9,         'of the rollouts; evaluation is greedy'),
     ('remasking',          'low_confidence', 'low_confidence', "of the rollouts; 'random' commits tokens in random order"),
     ('cfg_scale',          0.0,         0.0,         'classifier-free guidance, in rollouts and evaluation'),
+    ('cache',              False,       False,       'reuse keys and values outside the block, in rollouts and evaluation; not exact'),
+    ('refresh',            0,           0,           'steps of a block between refreshes of the cache (0 = never)'),
+    ('threshold',          0.0,         0.0,         'commit every token this sure, at least one a step, in rollouts and evaluation (0 = off)'),
     ('SFT',),
     ('sft_problems',       100,         0,           'built-in traces a task (nano)'),
     ('sft_steps',          20,          2500,        'updates'),
@@ -140,6 +143,7 @@ def check(args):
         if strangers := [x for x in getattr(args, name) if x not in known]:
             raise ValueError(f'--{name.rstrip("s")} {strangers[0]} is unknown: choose from {", ".join(known)}')
     check_lengths(args.gen_length, args.block_length, args.steps)
+    check_speed(args.cache, args.refresh, args.threshold, args.remasking)
     args.eval_lengths = [int(n) for n in args.eval_lengths.split(',')]
     for length in args.eval_lengths:
         check_lengths(length, args.block_length, length // 2)
@@ -270,7 +274,8 @@ def evaluate(args, model, tokenizer, problems, stage):
                 batch = order[first:first + args.eval_batch]
                 ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
                 completion_ids = generate(model, ids, length, args.block_length, length // 2,
-                                          cfg_scale=args.cfg_scale, attention_mask=attention_mask)
+                                          cfg_scale=args.cfg_scale, attention_mask=attention_mask,
+                                          cache=args.cache, refresh=args.refresh, threshold=args.threshold)
                 mask = completion_mask(completion_ids, model.config.end_ids)
                 texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
                 examples = [pairs[i][1] for i in batch]
@@ -469,7 +474,8 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
                                 reward=lambda texts: [g['reward'] for g in grades(source.task, texts, example)],
                                 generator=torch_stream(device, args.seed, 'rollout', step, k),
                                 gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
-                                temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale)
+                                temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale,
+                                cache=args.cache, refresh=args.refresh, threshold=args.threshold)
             advantages = group_advantages(group.rewards, args.num_generations)                              # 6
             rollouts.append((k, source.task, example, group, advantages))
         views = []  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed

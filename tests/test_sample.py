@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from loglik import completion_logps
 from model import LLaDA
-from sample import choose, commit_counts, denoise, generate
+from sample import check_speed, choose, commit_counts, denoise, generate
 from tiny import EOS, GOLDEN, MASK, V, bias, left_pad, needs_shared, says, tiny, tokens
 
 NEVER = {EOS: -1e4}  # completions that never end
@@ -228,6 +228,17 @@ def test_cached_step_costs_a_block():
     assert seen == [18, 4, 18, 4] * 2
 
 
+@pytest.mark.parametrize('knobs', [dict(threshold=-0.1), dict(threshold=1.5), dict(threshold=float('nan')),
+                                   dict(refresh=-1, cache=True), dict(refresh=2),
+                                   dict(threshold=0.9, remasking='random')])
+def test_impossible_speed_is_refused_in_one_line(knobs):
+    check_speed(True, 2, 0.9, 'low_confidence')
+    check_speed(False, 0, 0.0, 'random')
+    with pytest.raises(ValueError) as error:
+        check_speed(**dict(cache=False, refresh=0, threshold=0.0, remasking='low_confidence') | knobs)
+    assert '\n' not in str(error.value) and str(list(knobs.values())[0]) in str(error.value)
+
+
 def test_threshold_above_one_commits_one_token_a_step():
     model, prompt_ids = bias(tiny(), NEVER), tokens(3, 5)
     seen = states(model, prompt_ids, 8, 4, 4, threshold=1.1)
@@ -235,9 +246,9 @@ def test_threshold_above_one_commits_one_token_a_step():
     assert torch.equal(seen[-1], generate(model, prompt_ids, 8, 4, 8))
 
 
-def test_threshold_zero_commits_a_block_at_once():
+def test_lowest_threshold_commits_a_block_at_once():
     model, prompt_ids = bias(tiny(), NEVER), tokens(3, 5)
-    seen = states(model, prompt_ids, 8, 4, 4, threshold=0.0)
+    seen = states(model, prompt_ids, 8, 4, 4, threshold=1e-9)
     assert [(ids != MASK).sum(1).tolist() for ids in seen] == [[4] * 3, [8] * 3, [8] * 3]
     assert torch.equal(seen[-1], generate(model, prompt_ids, 8, 4, 2))
 

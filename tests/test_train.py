@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import grpo
 import rewards
 import train
 
@@ -120,6 +121,20 @@ def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(whole):
     assert torch.equal(merged['blocks.0.ff_proj.weight'], merged['blocks.0.ff_proj.weight'])
 
 
+@pytest.mark.parametrize('flags, knobs', [('', (False, 0, 0.0)), ('--cache --refresh 3 --threshold 0.5', (True, 3, 0.5))])
+def test_faster_sampling_reaches_rollouts_and_evaluation(whole, tmp_path, monkeypatch, flags, knobs):
+    asked = {train: set(), grpo: set()}
+    def spy(module, generate):
+        def spied(*tensors, **keys):
+            asked[module].add((keys['cache'], keys['refresh'], keys['threshold']))
+            return generate(*tensors, **keys)
+        monkeypatch.setattr(module, 'generate', spied)
+    for module in asked:
+        spy(module, module.generate)
+    run(whole, '--name', tmp_path.name, '--stages', 'grpo', '--grpo_steps', '1', *flags.split())
+    assert asked == {train: {knobs}, grpo: {knobs}}
+
+
 def test_a_run_is_never_overwritten(whole):
     with pytest.raises(ValueError, match='--resume goes on with it'):
         run(whole, '--name', 'whole')
@@ -149,6 +164,7 @@ BAD = [
     ('--lora_rank 4 --lora_targets q_projection', 'matches no layer'),
     ('--device cuda' if not torch.cuda.is_available() else '--device none', 'device'),
     ('--eval_lengths 12', 'not a multiple of block_length'),
+    ('--refresh 2', 'takes --cache'),
     ('--max_prompt 3 --data DATA', 'raise it'),
 ]
 
