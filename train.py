@@ -147,8 +147,9 @@ def check(args):
     args.eval_lengths = [int(n) for n in args.eval_lengths.split(',')]
     for length in args.eval_lengths:
         check_lengths(length, args.block_length, length // 2)
-    if args.num_prompts % world_size():
-        raise ValueError(f'--num_prompts {args.num_prompts} is not a multiple of the {world_size()} processes')
+    for name in ('num_prompts', 'sft_batch', 'base_batch'):  # else some would wait for others' gradients for ever
+        if getattr(args, name) % world_size():
+            raise ValueError(f'--{name} {getattr(args, name)} is not a multiple of the {world_size()} processes')
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions of one prompt')
     if (args.data or args.eval_data) and len(args.tasks) > 1:
@@ -311,6 +312,11 @@ def grades(task, texts, examples):
                              texts, examples))
 
 
+def replicated(model):
+    """The same weights on all processes, gradients averaged (DDP); what one process trains is the model itself."""
+    return DistributedDataParallel(model) if world_size() > 1 else model
+
+
 def shard(model):
     """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
     for block in model.blocks:
@@ -466,18 +472,18 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
     start = run.begin('grpo', model, optimizers)
     for step in range(start, args.grpo_steps):                                                              # 2
         began, rollouts = time.time(), []
-        for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
-            source = sources[k % len(sources)]
-            prompt_ids, example = source.draw(step * args.num_prompts + k)                                  # 4
-            with gathered(model):
+        with gathered(model):  # once around all: the processes sample at their own pace
+            for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
+                source = sources[k % len(sources)]
+                prompt_ids, example = source.draw(step * args.num_prompts + k)                              # 4
                 group = rollout(model, tokenizer, prompt_ids, num_generations=args.num_generations,         # 5
                                 reward=lambda texts: [g['reward'] for g in grades(source.task, texts, example)],
                                 generator=torch_stream(device, args.seed, 'rollout', step, k),
                                 gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
                                 temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale,
                                 cache=args.cache, refresh=args.refresh, threshold=args.threshold)
-            advantages = group_advantages(group.rewards, args.num_generations)                              # 6
-            rollouts.append((k, source.task, example, group, advantages))
+                advantages = group_advantages(group.rewards, args.num_generations)                          # 6
+                rollouts.append((k, source.task, example, group, advantages))
         views = []  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
         for n in range(args.num_iterations):
             for k, _, _, group, _ in rollouts:
@@ -542,13 +548,13 @@ def nano_base(args):
     digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     corpus.name = f"base-{'+'.join(args.tasks)}-{digest}"
     folder = os.path.join(run_folder(corpus), 'model')
-    if rank() == 0 and not os.path.exists(folder):
+    if not all(gather([os.path.exists(folder)])):  # then all processes train it together
         say(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} weights, kept in {folder}')
         os.makedirs(run_folder(corpus), exist_ok=True)
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
         optimizers = [Muon(matrices), torch.optim.AdamW(rest, args.base_learning_rate, (0.9, 0.95), weight_decay=0.0)]
-        train_sft(corpus, Run(corpus), 'base', model, model, optimizers, draw, args.base_steps, args.gen_length, 1.0)
+        train_sft(corpus, Run(corpus), 'base', model, replicated(model), optimizers, draw, args.base_steps, args.gen_length, 1.0)
         save_model(folder, model, tokenizer)
     if world_size() > 1:
         dist.barrier()
@@ -573,7 +579,7 @@ def train_stage(args, run, stage, model, tokenizer, sources):
     net = model
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
-        net = DistributedDataParallel(model) if world_size() > 1 else model
+        net = replicated(model)
     if os.path.exists(after):
         restore(after, model)
     elif stage == 'sft':
@@ -680,6 +686,7 @@ def run(argv=None):
     try:
         main(argv)
     except (ValueError, OSError) as e:
+        time.sleep(3 * (rank() > 0))  # when process 0 says it too, torchrun ends the others meanwhile: one line, not eight
         sys.exit(print(f'train.py: {e}', file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print('stopped; the same command with --resume goes on', file=sys.stderr) or 130)
