@@ -81,7 +81,12 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         y = x.float()  # squares overflow in half precision
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight.to(x.dtype) * y.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))  # see LLaDA.compute_dtype
 
 
 def rope_tables(positions, size, theta):
@@ -103,14 +108,14 @@ class Block(nn.Module):
         self.head_size = c.d_model // c.n_heads
         kv_size = self.head_size * c.n_kv_heads
         self.attn_norm = RMSNorm(c.d_model, c.rms_norm_eps)
-        self.q_proj = nn.Linear(c.d_model, c.d_model, bias=False)
-        self.k_proj = nn.Linear(c.d_model, kv_size, bias=False)
-        self.v_proj = nn.Linear(c.d_model, kv_size, bias=False)
-        self.attn_out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.q_proj = Linear(c.d_model, c.d_model, bias=False)
+        self.k_proj = Linear(c.d_model, kv_size, bias=False)
+        self.v_proj = Linear(c.d_model, kv_size, bias=False)
+        self.attn_out = Linear(c.d_model, c.d_model, bias=False)
         self.ff_norm = RMSNorm(c.d_model, c.rms_norm_eps)
-        self.ff_proj = nn.Linear(c.d_model, c.mlp_hidden_size, bias=False)
-        self.up_proj = nn.Linear(c.d_model, c.mlp_hidden_size, bias=False)
-        self.ff_out = nn.Linear(c.mlp_hidden_size, c.d_model, bias=False)
+        self.ff_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
+        self.up_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
+        self.ff_out = Linear(c.mlp_hidden_size, c.d_model, bias=False)
 
     def forward(self, x, cos, sin, mask, at=None, kv=None):
         """x (B, T, d) -> (B, T, d), or only the positions `at`: (B, n, d). kv: see LLaDA.hidden."""
@@ -138,10 +143,11 @@ class LLaDA(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.compute_dtype = None  # bfloat16: compute in it although the weights, which are trained, are float32
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.ff_out = Linear(config.d_model, config.embedding_size, bias=False)
 
     @property
     def device(self): return self.wte.weight.device
@@ -160,7 +166,7 @@ class LLaDA(nn.Module):
     def hidden(self, ids, attention_mask=None, at=None, cache=None, start=0):
         """The normed hidden states (B, n, d) under the LM head; arguments as in forward."""
         B, T = ids.shape
-        x = self.wte(ids)  # (B, T, d)
+        x = self.wte(ids).to(self.compute_dtype)  # (B, T, d)
         positions = torch.arange(start, start + T, device=ids.device)
         cos, sin = (table.expand(B, -1, -1) for table in
                     rope_tables(positions, self.blocks[0].head_size, self.config.rope_theta))  # (B, T, hs)
@@ -194,7 +200,7 @@ class LLaDA(nn.Module):
         """
         c = self.config
         shape = (B, c.n_kv_heads, T, c.d_model // c.n_heads)
-        return [tuple(self.wte.weight.new_zeros(shape) for _ in 'kv') for _ in self.blocks]
+        return [tuple(self.wte.weight.new_zeros(shape, dtype=self.compute_dtype) for _ in 'kv') for _ in self.blocks]
 
     def init_weights(self, seed=0):
         """Normal weights, the residual branches' scaled down with depth (GPT-2); the same for the same seed."""
@@ -238,10 +244,12 @@ class LLaDA(nn.Module):
         return model
 
     def save_pretrained(self, folder, max_shard_size='5GB'):
-        """Writes config.json and the weights (adapters merged) as from_pretrained and other LLaDA software read them."""
+        """Writes config.json and the weights (adapters merged) as from_pretrained and other LLaDA software read them,
+        in the dtype that the model computes in."""
         from huggingface_hub import save_torch_state_dict
         os.makedirs(folder, exist_ok=True)
-        weights = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in merged_weights(self).items()}
+        weights = {PREFIX + name: tensor.detach().to('cpu', self.compute_dtype or tensor.dtype).contiguous()
+                   for name, tensor in merged_weights(self).items()}
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
         with open(os.path.join(folder, 'config.json'), 'w') as f:
             json.dump(self.config.to_dict(), f, indent=2)
@@ -287,7 +295,7 @@ def weight_files(folder):
 
 # ---- LoRA (arXiv 2106.09685): y = W x + alpha/r B A x, with W frozen ----
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     def __init__(self, linear, rank, alpha, dropout):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -356,7 +364,7 @@ def merge_lora(model):
     weights = merged_weights(model)
     for name, layer in lora_layers(model).items():
         parent, _, child = name.rpartition('.')
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device='meta')
+        plain = Linear(layer.in_features, layer.out_features, bias=False, device='meta')
         plain.weight = nn.Parameter(weights[f'{name}.weight'])
         setattr(model.get_submodule(parent), child, plain)
     return model.requires_grad_(True)

@@ -25,9 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -49,7 +48,7 @@ FLAGS = [
     ('out',                'out',       'out',       'the folder of all runs and bases'),
     ('seed',               0,           0,           'of everything random but the base'),
     ('device',             '',          '',          'default: cuda, else mps, else cpu'),
-    ('dtype',              'float32',   'bfloat16',  'of the frozen weights; adapters and optimizer states are float32'),
+    ('dtype',              'float32',   'bfloat16',  'of arithmetic and frozen weights; what is trained, and the optimizer, is float32'),
     ('resume',             False,       False,       'go on with the run of this name'),
     ('eval_only',          False,       False,       'evaluate the model, train nothing'),
     ('Data',),
@@ -319,9 +318,11 @@ def replicated(model):
 
 def shard(model):
     """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
+    policy = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)  # the rotary angles stay float32
     for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
 
 
 @contextlib.contextmanager
@@ -338,11 +339,13 @@ def gathered(model):
 
 
 def frozen_copy(model):
-    """A copy with all weights in one place, sharded or not as the model is; every process takes part."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    """A copy with all weights in one place, sharded or not as the model is, and in the dtype that it computes in;
+    every process takes part."""
     with torch.device('meta'):
         copy = LLaDA(model.config)
-    copy.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+    whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+    copy.load_state_dict({name: whole(tensor).to(model.compute_dtype or tensor.dtype, copy=True)  # one whole at a time
+                          for name, tensor in model.state_dict().items()}, assign=True)
     return copy.requires_grad_(False).eval()
 
 
@@ -612,7 +615,9 @@ def main(argv=None):
     if os.path.exists(run.folder) and not args.resume:
         raise ValueError(f'{run.folder} exists: --resume goes on with it, --name NAME begins another')
     folder = nano_base(args) if args.model == 'nano' else args.model
-    model, tokenizer = load(folder, getattr(torch, args.dtype), args.device)
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = load(folder, dtype if args.lora_rank or args.eval_only else torch.float32, args.device)
+    model.compute_dtype = dtype  # of float32 weights: a bfloat16 weight would not notice steps of 3e-6
     model.gradient_checkpointing = args.gradient_checkpointing
     if world_size() > 1 and not args.lora_rank:
         shard(model)

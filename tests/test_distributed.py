@@ -16,6 +16,7 @@ import train
 from test_train import ROOT, SMALL, rows, weights
 
 KINDS = {'DDP': ['--lora_rank', '4'], 'FSDP2': []}
+HALF = ['--dtype', 'bfloat16', '--stages', 'grpo', '--grpo_steps', '1', '--num_iterations', '1', '--eval_n', '1']
 # 5 test problems one at a time: the two processes evaluate 3 and 2 batches.
 FLAGS = [*SMALL, '--eval_n', '5', '--eval_batch', '1', '--num_prompts', '4', '--num_generations', '4', '--device', 'cpu']
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
@@ -90,6 +91,18 @@ def test_a_run_of_two_processes_is_finished_by_one(out, kind):
     assert_same_run(out / name, out / f'two-{kind}', ['sft.pt', 'grpo.pt'])
 
 
+def test_bfloat16_shards_are_float32_where_they_are_trained(out):
+    run(out, 'one-half', 'FSDP2', *HALF)
+    [one], [two] = (rows(out / name / 'log.jsonl') for name in ('one-half', 'two-half'))
+    assert one == {key: b if key == 'stage' else pytest.approx(b, rel=0.01, abs=1e-4) for key, b in two.items()}
+    start = train.LLaDA.from_pretrained(next(out.glob('base-*')) / 'model').state_dict()
+    one, two = (weights(out / name / 'grpo.pt') for name in ('one-half', 'two-half'))
+    for key in start:
+        assert two[key].dtype == torch.float32
+        moves = (one[key] - start[key]).flatten(), (two[key] - start[key]).flatten()  # of at most 1e-4
+        assert torch.cosine_similarity(*moves, dim=0) > 0.95, key
+
+
 def test_two_processes_pretrain_the_base_that_one_does(out, tmp_path):
     [folder] = out.glob('base-*')
     args = train.check(train.parse([*FLAGS, '--out', str(tmp_path)]))
@@ -114,4 +127,5 @@ if __name__ == '__main__':
     for kind in KINDS:
         run(sys.argv[1], f'two-{kind}', kind)
         run(sys.argv[1], f'stopped-{kind}', kind, stop_at=('grpo', 1))
+    run(sys.argv[1], 'two-half', 'FSDP2', *HALF)
     dist.destroy_process_group()

@@ -139,6 +139,34 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert len(forwards) - plain_forwards == 2 * plain_forwards, 'the block must run again in the backward pass'
 
 
+@torch.no_grad()
+def test_float32_weights_in_bfloat16_arithmetic_equal_bfloat16_weights(tmp_path):
+    model, half, ids = tiny(), tiny().to(torch.bfloat16), tokens(2, 9)
+    exact = model(ids)
+    model.compute_dtype = torch.bfloat16
+    assert torch.equal(model(ids), half(ids)) and not torch.equal(model(ids).float(), exact)
+    for a, b in zip(model.new_cache(2, 9), half.new_cache(2, 9), strict=True):
+        assert a[0].dtype == b[0].dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    for name, tensor in LLaDA.from_pretrained(tmp_path, torch.bfloat16).state_dict().items():
+        assert torch.equal(tensor, half.state_dict()[name])
+    assert {t.dtype for t in load_file(tmp_path / 'model.safetensors').values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize('dtype, noticed', [(torch.float32, True), (torch.bfloat16, False)])
+def test_steps_of_3e_6_are_lost_to_bfloat16_weights_only(dtype, noticed):
+    model, ids = tiny().to(dtype), tokens(4, 9)
+    model.compute_dtype = torch.bfloat16
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-6, weight_decay=0.0)
+    for _ in range(20):
+        model(ids, targets=ids).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = torch.cat([(p.detach() != before[name]).flatten() for name, p in model.named_parameters()]).float().mean()
+    assert moved > 0.9 if noticed else moved < 0.2
+
+
 @needs_shared
 def test_8b_has_exactly_the_published_tensors():
     published = json.loads((SHARED / 'llada-8b/parameters.json').read_text())

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import grpo
 import rewards
@@ -133,6 +134,18 @@ def test_faster_sampling_reaches_rollouts_and_evaluation(whole, tmp_path, monkey
         spy(module, module.generate)
     run(whole, '--name', tmp_path.name, '--stages', 'grpo', '--grpo_steps', '1', *flags.split())
     assert asked == {train: {knobs}, grpo: {knobs}}
+
+
+def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(whole):
+    run(whole, '--name', 'half', '--dtype', 'bfloat16', '--stages', 'grpo', '--grpo_steps', '1', '--num_iterations', '1')
+    masters = weights(whole / 'half' / 'grpo.pt')
+    assert {p.dtype for p in masters.values()} == {torch.float32}
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in masters.values())
+    [row] = rows(whole / 'half' / 'log.jsonl')
+    assert row['first_ratio'] == 1 and row['kl'] == 0, 'the frozen reference computes as the policy does'
+    saved = load_file(whole / 'half' / 'model' / 'model.safetensors')
+    for name, tensor in masters.items():
+        assert torch.equal(saved['model.transformer.' + name], tensor.bfloat16())
 
 
 def test_a_run_is_never_overwritten(whole):
