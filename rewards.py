@@ -577,7 +577,7 @@ def draw_countdown(rng):
     return f'countdown {sorted(numbers)} {target}', max(numbers) < 8, dict(
         question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
         solution=f'{a}+{b}={a + b}+{c}={total}-{target}={total - target}/2={minus}',
-        reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, signed[minus == 0]))  # a guesser adds them all
+        reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, rng.choice(signed)))
 
 
 def signed_sum(numbers, signs):
