@@ -62,6 +62,9 @@ class Config:
         own = [name for name in cls.__dataclass_fields__ if name not in ('rest', 'end_ids')]
         if missing := [name for name in own if name not in keys]:
             raise ValueError(f'config.json has no {", ".join(missing)}: is this the folder of a LLaDA model?')
+        mask_id, eos_id, size = (keys[name] for name in ('mask_token_id', 'eos_token_id', 'embedding_size'))
+        if mask_id == eos_id or not 0 <= min(mask_id, eos_id) <= max(mask_id, eos_id) < size:
+            raise ValueError(f'config.json has mask_token_id={mask_id} and eos_token_id={eos_id} of {size} tokens')
         return cls(**{name: keys[name] for name in own}, rest={k: v for k, v in keys.items() if k not in own})
 
     def to_dict(self):
@@ -272,7 +275,7 @@ def fetch(folder_or_hub_id):
         return folder_or_hub_id
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(folder_or_hub_id, allow_patterns=['*.json', '*.safetensors'])
+        return snapshot_download(folder_or_hub_id, allow_patterns=['*.json', '*.jinja', '*.safetensors'])
     except Exception as e:
         raise ValueError(f'{folder_or_hub_id} is no folder, and no model of that name came from the hub '
                          f'({type(e).__name__}): check the name and the network') from None
@@ -453,6 +456,12 @@ def load_tokenizer(name, config):
         raise ValueError(f'{name} has no readable tokenizer ({type(e).__name__}: {e})'.split('\n')[0]) from None
     if len(tokenizer) > config.embedding_size:
         raise ValueError(f'the tokenizer of {name} has {len(tokenizer)} tokens, its model {config.embedding_size}')
+    mask_id = tokenizer.get_vocab().get('<|mdm_mask|>', tokenizer.mask_token_id)  # LLaDA's has no mask_token
+    for key, theirs, ours in (('eos', tokenizer.eos_token_id, config.eos_id), ('mask', mask_id, config.mask_id)):
+        if theirs != ours:
+            raise ValueError(f'{name} contradicts itself: {key}_token_id is {ours} in config.json, {theirs} in its tokenizer')
+    if not tokenizer.chat_template:
+        raise ValueError(f'the tokenizer of {name} has no chat_template: is this the Instruct model?')
     config.end_ids = (config.eos_id, *(i for token, i in tokenizer.get_added_vocab().items()
                                        if token == '<|eot_id|>' and i != config.eos_id))
     return tokenizer

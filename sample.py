@@ -147,10 +147,14 @@ def last_model(out):
     return folders[-1]
 
 
+def chat(tokenizer, text):
+    """One user message as token ids, chat template and generation prompt included."""
+    return tokenizer.apply_chat_template([dict(role='user', content=text)], add_generation_prompt=True, return_dict=False)
+
+
 def show(model, tokenizer, text, **sampling):
     """Prints a chat prompt's completion after every step: masks as dots, new tokens highlighted on a terminal."""
-    prompt = tokenizer.apply_chat_template([dict(role='user', content=text)], add_generation_prompt=True,
-                                           return_dict=False)
+    prompt = chat(tokenizer, text)
     prompt_ids = torch.tensor([prompt], device=model.device)
     new, old = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('', '')
     before = None

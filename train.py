@@ -34,7 +34,7 @@ import rewards
 from grpo import completion_mask, fixed_logps, group_advantages, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
 from model import LLaDA, add_lora, load, lora_off, merge_lora
-from sample import check_lengths, check_speed, generate
+from sample import chat, check_lengths, check_speed, generate
 from sft import Muon, pad, sft_backward
 
 # Every flag, its default for the nano model and for LLaDA, and what it is (with the paper's symbol).
@@ -211,7 +211,6 @@ class Problems:
                 raise ValueError(f'{task}: no prompt fits --max_prompt {args.max_prompt}: raise it')
 
     def encode(self, example):
-        """One user message as token ids, chat template and generation prompt included."""
         return chat(self.tokenizer, rewards.prompt(self.task, example))
 
     def draw(self, index):
@@ -225,10 +224,6 @@ class Problems:
     def first(self, n):
         """The first n problems (0 = all rows), in the file's order."""
         return [self.draw(i) for i in range(n)] if self.rows is None else self.rows[:n or None]
-
-
-def chat(tokenizer, text):
-    return tokenizer.apply_chat_template([dict(role='user', content=text)], add_generation_prompt=True, return_dict=False)
 
 
 def base_batch(args, tokenizer, sources, step):

@@ -450,6 +450,35 @@ def test_tokenizer_larger_than_the_model_is_refused(nano, tmp_path):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize('keys, says', [
+    (dict(mask_token_id=7), 'mask_token_id is 7 in config.json, 1 in its tokenizer'),
+    (dict(eos_token_id=7), 'eos_token_id is 7 in config.json, 0 in its tokenizer'),
+    (dict(mask_token_id=0), 'mask_token_id=0 and eos_token_id=0'), (dict(mask_token_id=10 ** 6), 'mask_token_id=1000000')])
+def test_config_and_tokenizer_that_contradict_are_refused(nano, tmp_path, keys, says):
+    nano[0].save_pretrained(tmp_path)
+    nano[1].save_pretrained(tmp_path)
+    edit_config(tmp_path, **keys)
+    with pytest.raises(ValueError, match=says) as error:
+        load(str(tmp_path))
+    assert '\n' not in str(error.value)
+
+
+@needs_shared
+def test_llada_tokenizer_of_another_mask_is_refused(tmp_path):
+    folder = llada_folder(tmp_path / 'llada')
+    edit_config(folder, mask_token_id=7)
+    with pytest.raises(ValueError, match='mask_token_id is 7'):
+        load(str(folder))
+
+
+def test_tokenizer_without_chat_template_is_refused(nano, tmp_path):
+    nano[0].save_pretrained(tmp_path)
+    nano[1].save_pretrained(tmp_path)
+    (tmp_path / 'chat_template.jinja').unlink()
+    with pytest.raises(ValueError, match='has no chat_template'):
+        load(str(tmp_path))
+
+
 def test_folder_without_tokenizer_is_one_line(tmp_path, asked):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='no readable tokenizer') as error:
