@@ -687,7 +687,7 @@ TASKS = {
     'code': Task(f'Write this Python function. {FORM}the whole function with the imports it needs, and no other text.',
                  code_reward, lambda *given: tests_passed(*given) == 1.0, code_row,
                  ([('KodCode/KodCode-Light-RL-10K', None, 'train')],
-                  [('openai_humaneval', None, 'test'), ('google-research-datasets/mbpp', None, 'test')]),
+                  [('openai/openai_humaneval', None, 'test'), ('google-research-datasets/mbpp', None, 'test')]),
                  draw_code, 'def f(x): return x'),
 }
 
@@ -746,15 +746,18 @@ def load_rows(sources, from_row):
     return found
 
 
-def load_examples(task_name, path=None, split='train'):
-    """Return a list of examples from a local file or, without one, from the hub (split 'train' or 'test').
+def load_examples(task_name, source=None, split='train'):
+    """Return a list of examples from a local file, from one hub data set (id, config, split) or from the task's own.
 
     Whatever is wrong with the data is a ValueError in one line, with the line or row where there is one.
     """
     task = TASKS[task_name]
-    sources = [(path, None, None)] if path else task.datasets[0 if split == 'train' else 1]
+    sources = task.datasets[0 if split == 'train' else 1]
+    if source:
+        sources = [source if isinstance(source, tuple) else (source, None, None)]
     if not sources:
-        raise ValueError(f'{task_name} has no {split} data on the hub: give a file ({task.from_row.__doc__})')
+        flag = '--data' if split == 'train' else '--eval_data'
+        raise ValueError(f'{task_name} has no {split} data on the hub: give a file by {flag} ({task.from_row.__doc__})')
     return load_rows(sources, task.from_row)
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -57,7 +58,7 @@ FLAGS = [
     ('sft_data',           '',          '',          'a file of question, thinking_trajectories, attempt, as s1K'),
     ('max_prompt',         64,          512,         'tokens; longer prompts are dropped and counted'),
     ('diffu-GRPO',),
-    ('grpo_steps',         40,          640,         'outer iterations, each num_prompts new prompts'),
+    ('grpo_steps',         40,          640,         'outer iterations, each num_prompts new prompts; the paper counts updates, mu times as many'),
     ('num_prompts',        8,           16,          'prompts an outer iteration; their groups share each update'),
     ('num_generations',    8,           6,           'completions a prompt (G)'),
     ('num_iterations',     4,           12,          'updates an outer iteration (mu)'),
@@ -110,7 +111,8 @@ FLAGS = [
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
 TASK_PRESETS = {
     'nano': {},
-    'LLaDA': {'countdown': dict(num_iterations=8), 'sudoku': dict(num_iterations=8, temperature=0.3)},
+    'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
+              'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
 MAX_BAD_UPDATES = 5  # in a row without a finite gradient
 
@@ -197,12 +199,12 @@ def torch_stream(device, *key):
 class Problems:
     """A task's problems as (prompt ids, example): from the built-in generator, or the rows of a file or hub data set."""
 
-    def __init__(self, args, tokenizer, task, part):
+    def __init__(self, args, tokenizer, task, part, source=None):
         self.task, self.part, self.seed, self.tokenizer = task, part, args.seed, tokenizer
         path = args.data if part == 'train' else args.eval_data
         self.rows = None
         if args.model != 'nano' or path:
-            pairs = [(self.encode(row), row) for row in rewards.load_examples(task, path or None, part)]
+            pairs = [(self.encode(row), row) for row in rewards.load_examples(task, path or source, part)]
             self.rows = [pair for pair in pairs if len(pair[0]) <= args.max_prompt]
             if len(self.rows) < len(pairs):
                 say(f'{task}, {part}: {len(pairs) - len(self.rows)} of {len(pairs)} prompts are longer than '
@@ -222,8 +224,26 @@ class Problems:
         return self.rows[random_stream(self.seed, self.task, epoch).sample(range(len(self.rows)), len(self.rows))[i]]
 
     def first(self, n):
-        """The first n problems (0 = all rows), in the file's order."""
-        return [self.draw(i) for i in range(n)] if self.rows is None else self.rows[:n or None]
+        """The first n problems (0 = all rows), in the file's order; of a Sudoku file the n that d1 drew (256 of its 500)."""
+        if self.rows is None:
+            return [self.draw(i) for i in range(n)]
+        if self.task == 'sudoku' and 0 < n < len(self.rows):
+            return [self.rows[i] for i in np.random.RandomState(42).choice(len(self.rows), n, replace=False)]
+        return self.rows[:n or None]
+
+
+def test_sets(args, tokenizer):
+    """{name: [(prompt ids, example)]}: for each task one set of its name; code has two on the hub, code-ID each."""
+    sets = {}
+    for task in args.tasks:
+        hub = rewards.TASKS[task].datasets[1]
+        if args.model == 'nano' or args.eval_data or len(hub) < 2:
+            sets[task] = Problems(args, tokenizer, task, 'test').first(args.eval_n)
+        else:
+            for source in hub:
+                name = f'{task}-{os.path.basename(source[0])}'
+                sets[name] = Problems(args, tokenizer, task, 'test', source).first(args.eval_n)
+    return sets
 
 
 def base_batch(args, tokenizer, sources, step):
@@ -256,15 +276,15 @@ def sft_pairs(args, tokenizer):
 # ---- evaluation ----
 
 def evaluate(args, model, tokenizer, problems, stage):
-    """Greedy completions of the test problems at every --eval_lengths; writes them, returns {task: {length: scores}}."""
+    """Greedy completions of the test_sets at every --eval_lengths; writes them, returns {set: {length: scores}}."""
     scores = {}
     model.eval()
-    for task, pairs in problems.items():
-        scores[task] = {}
+    for name, pairs in problems.items():
+        scores[name], task = {}, name.partition('-')[0]
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))[rank()::world_size()]  # alike lengths pad little
         for length in args.eval_lengths:
             done = []
-            for first in tqdm(range(0, len(order), args.eval_batch), f'{stage}: {task}, {length} tokens', leave=False,
+            for first in tqdm(range(0, len(order), args.eval_batch), f'{stage}: {name}, {length} tokens', leave=False,
                               disable=None):
                 batch = order[first:first + args.eval_batch]
                 ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
@@ -278,10 +298,10 @@ def evaluate(args, model, tokenizer, problems, stage):
                     done.append((i, dict(question=pairs[i][1]['question'], generations=text,
                                          ground_truth=pairs[i][1]['answer'], effective_tokens=n, **grade)))
             done = [item for _, item in sorted(gather(done), key=lambda pair: pair[0])]
-            scores[task][str(length)] = rewards.summary(done)
+            scores[name][str(length)] = rewards.summary(done)
             if rank() == 0:
-                write_json(os.path.join(run_folder(args), f'{stage}_{task}_{length}_generations.json'),
-                           dict(generations=done, metrics=scores[task][str(length)], model_path=args.model,
+                write_json(os.path.join(run_folder(args), f'{stage}_{name}_{length}_generations.json'),
+                           dict(generations=done, metrics=scores[name][str(length)], model_path=args.model,
                                 gen_length=length, diffusion_steps=length // 2, block_length=args.block_length))
     return scores
 
@@ -289,12 +309,13 @@ def evaluate(args, model, tokenizer, problems, stage):
 def constant_scores(args, tokenizer, problems):
     """What one answer scores that does not read the problem, in the form that evaluate returns."""
     scores = {}
-    for task, pairs in problems.items():
+    for name, pairs in problems.items():
+        task = name.partition('-')[0]
         text = rewards.tagged('', rewards.TASKS[task].trivial)
         graded = grades(task, [text] * len(pairs), [example for _, example in pairs])
         tokens = len(tokenizer(text)['input_ids'])
         row = rewards.summary([dict(effective_tokens=tokens, **grade) for grade in graded])
-        scores[task] = {str(length): row for length in args.eval_lengths}
+        scores[name] = {str(length): row for length in args.eval_lengths}
     return scores
 
 
@@ -616,7 +637,7 @@ def main(argv=None):
     model.gradient_checkpointing = args.gradient_checkpointing
     if world_size() > 1 and not args.lora_rank:
         shard(model)
-    tests = {task: Problems(args, tokenizer, task, 'test').first(args.eval_n) for task in args.tasks}
+    tests = test_sets(args, tokenizer)
     sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
     results = {}
     if rank() == 0:
@@ -647,14 +668,14 @@ def table(args, results):
     """The results as text: a row a stage, at each generation length accuracy with its 95 % interval, reward, tokens."""
     names = {'constant': 'one constant answer', 'base': 'base', 'sft': '+ SFT', 'grpo': 'd1 (SFT + diffu-GRPO)' if 'sft' in results else '+ diffu-GRPO'}
     lines = []
-    for task in args.tasks:
-        lines += ['', f'{task}: accuracy % [95 % interval], mean reward, effective tokens, at generation length',
+    for name in results['constant']:
+        lines += ['', f'{name}: accuracy % [95 % interval], mean reward, effective tokens, at generation length',
                   f'{"":24}' + ''.join(f'{length:<38}' for length in args.eval_lengths)]
         for stage, scores in results.items():
-            cells = [scores[task][str(n)] for n in args.eval_lengths]
+            cells = [scores[name][str(n)] for n in args.eval_lengths]
             lines.append(f'{names[stage]:24}' + ''.join(
                 f'{100 * c["accuracy"]:5.1f} [{100 * c["low"]:.1f}, {100 * c["high"]:.1f}] {c["reward"]:5.2f} '
-                f'{c["effective_tokens"]:5.1f}'.ljust(30) + (f'cells {100 * c["share"]:.1f}' if task == 'sudoku' else '').ljust(12)
+                f'{c["effective_tokens"]:5.1f}'.ljust(30) + (f'cells {100 * c["share"]:.1f}' if name == 'sudoku' else '').ljust(12)
                 for c in cells))
     return '\n'.join(lines)
 

@@ -1,6 +1,7 @@
 """The recipe end to end, in miniature: it runs, resumes to the same numbers, and says what is wrong in one line."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 import grpo
 import rewards
 import train
+from model import nano_tokenizer
+from tiny import SHARED, needs_shared
 
 ROOT = os.path.join(os.path.dirname(__file__), '..')
 SMALL = ('--base_steps 3 --base_batch 4 --sft_steps 3 --sft_batch 4 --sft_problems 4 --grpo_steps 3 --num_prompts 2 '
@@ -117,9 +120,10 @@ def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(whole):
     run(whole, '--name', 'lora', '--lora_rank', '4', '--lora_alpha', '8')
     assert all('.lora_' in key for key in weights(whole / 'lora' / 'grpo.pt'))
     merged = train.LLaDA.from_pretrained(str(whole / 'lora' / 'model')).state_dict()
-    full = train.LLaDA.from_pretrained(str(whole / 'whole' / 'model')).state_dict()
-    assert merged.keys() == full.keys()
-    assert torch.equal(merged['blocks.0.ff_proj.weight'], merged['blocks.0.ff_proj.weight'])
+    base = train.LLaDA.from_pretrained(str(next(whole.glob('base-*')) / 'model')).state_dict()
+    adapted = [f'blocks.{i}.{name}.weight' for i in range(3) for name in ('q_proj', 'k_proj', 'v_proj', 'up_proj')]
+    assert merged.keys() == base.keys()
+    assert [name for name in base if not torch.equal(merged[name], base[name])] == [n for n in base if n in adapted]
 
 
 @pytest.mark.parametrize('flags, knobs', [('', (False, 0, 0.0)), ('--cache --refresh 3 --threshold 0.5', (True, 3, 0.5))])
@@ -146,6 +150,51 @@ def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(whole):
     saved = load_file(whole / 'half' / 'model' / 'model.safetensors')
     for name, tensor in masters.items():
         assert torch.equal(saved['model.transformer.' + name], tensor.bfloat16())
+
+
+# --- the settings and test sets of LLaDA ---
+
+@pytest.mark.parametrize('task, steps, mu, updates, temperature, eval_n', [
+    ('gsm8k', 640, 12, 7680, 0.9, 0), ('math', 550, 12, 6600, 0.9, 0), ('countdown', 625, 8, 5000, 0.9, 0),
+    ('sudoku', 475, 8, 3800, 0.3, 256)])
+def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, eval_n):
+    args = train.check(train.parse(['--task', task, '--model', 'GSAI-ML/LLaDA-8B-Instruct']))
+    assert (args.grpo_steps, args.num_iterations, args.temperature, args.eval_n) == (steps, mu, temperature, eval_n)
+    assert steps * mu == updates, 'gradient steps (FACTS): 7700, 6600, 5000, 3800'
+    assert args.num_prompts * args.num_generations == 6 * 2 * 8, 'completions an update: 6 a GPU, accumulated twice, 8 GPUs'
+    assert args.sft_steps * args.sft_batch == 20 * 1000, '20 epochs of s1K'
+    assert (args.lora_rank, args.lora_alpha, args.beta, args.epsilon, args.p_mask_prompt) == (128, 64, 0.04, 0.5, 0.15)
+    assert (args.learning_rate, args.max_grad_norm, args.sft_learning_rate) == (3e-6, 0.2, 1e-5)
+    assert (args.gen_length, args.steps, args.block_length, args.remasking) == (256, 128, 32, 'low_confidence')
+    assert args.eval_lengths == [128, 256, 512] and args.max_prompt + args.sft_length == 4096
+    assert train.parse(['--task', task, '--model', 'x/y', '--num_iterations', '2']).num_iterations == 2
+
+
+def llada_args(*flags):
+    return train.check(train.parse(['--model', 'x/y', *flags]))
+
+
+@needs_shared
+def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew():
+    file = str(SHARED / 'data/sudoku_test.csv')
+    [(name, pairs)] = train.test_sets(llada_args('--task', 'sudoku', '--eval_data', file), nano_tokenizer()).items()
+    theirs = [item['question'] for part in (SHARED / 'data/llada_generations').glob('sudoku*')
+              for item in json.loads(part.read_text())['generations']]
+    digits = lambda questions: sorted(re.search('[0-4]{16}', question)[0] for question in questions)
+    assert name == 'sudoku' and digits(example['question'] for _, example in pairs) == digits(theirs)
+
+
+def test_code_is_evaluated_on_human_eval_and_mbpp_apart(monkeypatch):
+    human = dict(prompt='def f(x):\n', entry_point='f', test='def check(f):\n    assert f(1) == 1')
+    mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='')
+    hub = {'openai/openai_humaneval': [human], 'google-research-datasets/mbpp': [mbpp, mbpp]}
+    monkeypatch.setattr(rewards, 'read_rows', lambda source, config, split: split == 'test' and hub[source])
+    tokenizer, args = nano_tokenizer(), llada_args('--task', 'code', '--eval_lengths', '32')
+    sets = train.test_sets(args, tokenizer)
+    assert {name: len(pairs) for name, pairs in sets.items()} == {'code-openai_humaneval': 1, 'code-mbpp': 2}
+    results = dict(constant=train.constant_scores(args, tokenizer, sets))
+    assert [results['constant'][name]['32']['accuracy'] for name in sets] == [1.0, 0.0]  # x for x, but not twice x
+    assert all(f'{name}: accuracy' in train.table(args, results) for name in sets)
 
 
 def test_a_run_is_never_overwritten(whole):
