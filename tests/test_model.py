@@ -403,7 +403,7 @@ def test_nano_folder_loads_again(nano, tmp_path, asked):
 
 # --- LLaDA's own tokenizer and template ---
 
-def llada_folder(folder):
+def llada_folder(folder, dtype=torch.float32, max_shard_size='5GB'):
     """A small model in LLaDA-8B's real layout: its config keys, its tokenizer files, a stand-in for tokenizer.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -419,7 +419,7 @@ def llada_folder(folder):
     keys = json.loads((SHARED / 'llada-8b/config.json').read_text())
     keys |= dict(d_model=16, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=16, embedding_size=size,
                  vocab_size=size, eos_token_id=eos, pad_token_id=eos, mask_token_id=t.token_to_id('<|mdm_mask|>'))
-    LLaDA(Config.from_dict(keys)).init_weights().save_pretrained(folder)
+    LLaDA(Config.from_dict(keys)).init_weights().to(dtype).save_pretrained(folder, max_shard_size)
     return folder
 
 
