@@ -431,6 +431,8 @@ def column(row, name, kind=str):
         raise KeyError(f'no column {name!r} (there are {", ".join(map(str, row))})')
     if not isinstance(row[name], kind):
         raise ValueError(f'column {name!r} holds {str(row[name])[:40]!r}, not {kind.__name__}')
+    if kind is str and row[name] != row[name].encode(errors='replace').decode():  # no tokenizer takes a lone surrogate
+        raise ValueError(f'column {name!r} holds {row[name][:40]!r}, no valid text')
     return row[name]
 
 
@@ -727,7 +729,7 @@ def read_rows(source, config=None, split=None):
         return load_dataset(source, config, split=split)
     except Exception as error:  # datasets and gzip have many kinds; the user gets one line
         hint = 'check the network, or give a local file' if split else 'mend the file'
-        line = str(error).strip().partition('\n')[0][:200]
+        line = str(error.__cause__ or error).strip().partition('\n')[0][:200]  # datasets hides what was wrong behind its own
         raise ValueError(line if line.startswith(source) else f'{source}: not loaded ({line}); {hint}') from None
 
 

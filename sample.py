@@ -21,7 +21,9 @@ def commit_counts(block_length, steps):
 
 def check_lengths(gen_length, block_length, steps):
     """Raises ValueError unless blocks divide the completion and every block gets the same number of steps."""
-    if min(gen_length, block_length, steps) < 1 or gen_length % block_length:
+    if min(gen_length, block_length, steps) < 1:
+        raise ValueError(f'gen_length {gen_length}, block_length {block_length} and steps {steps} must be at least 1')
+    if gen_length % block_length:
         raise ValueError(f'gen_length {gen_length} is not a multiple of block_length {block_length}: '
                          'choose a block_length that divides it')
     if steps % (gen_length // block_length):

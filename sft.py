@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # torch gives a closure, None, when a checkpoint is read into an optimizer
         for group in self.param_groups:
             for p in (p for p in group['params'] if p.grad is not None):
                 momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))

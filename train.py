@@ -12,11 +12,13 @@ A run's files are in out/NAME/: config.json, log.jsonl, samples.jsonl, results.j
 import argparse
 import contextlib
 import hashlib
+import functools
 import io
 import json
+import math
 import os
-import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -34,7 +36,7 @@ from tqdm import tqdm
 import rewards
 from grpo import completion_mask, fixed_logps, group_advantages, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
-from model import LLaDA, add_lora, load, lora_off, merge_lora
+from model import LLaDA, add_lora, load, lora_off, merge_lora, read_json
 from sample import chat, check_lengths, check_speed, generate
 from sft import Muon, pad, sft_backward
 
@@ -114,12 +116,20 @@ TASK_PRESETS = {
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
-MAX_BAD_UPDATES = 5  # in a row without a finite gradient
+MAX_BAD_UPDATES = 5  # in a row without a finite loss and gradient
+# Numbers have to be positive, except these and the flags that are 0 for nano; SHARES end at 1.
+ZERO_TOO = ('temperature', 'beta', 'weight_decay', 'p_mask_prompt', 'textbook', 'thinkers', 'eval_n', 'base_steps')
+SHARES = ('p_mask_prompt', 'textbook', 'thinkers', 'lora_dropout')
+# What a resumed run may be given anew; all else would make it another run.
+FREE_ON_RESUME = ('resume', 'out', 'name', 'device', 'learning_rate', 'sft_learning_rate', 'micro_batch', 'eval_batch',
+                  'gradient_checkpointing', 'save_every', 'sample_every')
 
 
 def parse(argv):
-    """The settings of a run: flags as given, else the task's, else the model's defaults of FLAGS."""
+    """The settings of a run: flags as given, else the task's, else the model's defaults of FLAGS; ValueError on nonsense."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def fail(message): raise ValueError(f'{message} (--help lists all flags)')
+    p.error = fail  # one line, where argparse would print all flags first
     for row in FLAGS:
         if len(row) == 1:
             group = p.add_argument_group(row[0])
@@ -131,6 +141,12 @@ def parse(argv):
     given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not None}
     world = 'nano' if given.get('model', 'nano') == 'nano' else 'LLaDA'
     settings = {row[0]: row[1] if world == 'nano' else row[2] for row in FLAGS if len(row) > 1}
+    for name, value in given.items():
+        most = 1 if name in SHARES else math.inf
+        zero = name in ZERO_TOO or settings[name] == 0
+        if type(value) in (int, float) and not (0 <= value <= most and value < math.inf and (value or zero)):
+            raise ValueError(f'--{name} {value} is out of range: give a number {"from" if zero else "above"} 0'
+                             + (' to 1' if most == 1 else ''))
     settings.update(TASK_PRESETS[world].get(given.get('task', settings['task']), {}))
     if world == 'nano' and given.get('data'):
         settings.update(NANO_DATA_PRESET)
@@ -139,15 +155,24 @@ def parse(argv):
 
 def check(args):
     """Raises ValueError, in one line, on settings that cannot work."""
-    args.tasks, args.stages = args.task.split(','), [s for s in args.stages.split(',') if s]
-    for name, known in (('tasks', rewards.TASKS), ('stages', ('sft', 'grpo'))):
-        if strangers := [x for x in getattr(args, name) if x not in known]:
-            raise ValueError(f'--{name.rstrip("s")} {strangers[0]} is unknown: choose from {", ".join(known)}')
+    linears = ('q_proj', 'k_proj', 'v_proj', 'attn_out', 'ff_proj', 'up_proj', 'ff_out')
+    for name, known in dict(task=rewards.TASKS, stages=('sft', 'grpo'), lora_targets=linears, norm=('token', 'sequence'),
+                            remasking=('low_confidence', 'random'), dtype=('float32', 'bfloat16')).items():
+        value = getattr(args, name)
+        for choice in value.split(',') if name in ('task', 'stages', 'lora_targets') else [value]:
+            if choice not in known:
+                raise ValueError(f'--{name} {choice!r} is unknown: choose from {", ".join(known)}')
+    args.tasks, args.stages = args.task.split(','), args.stages.split(',')
     check_lengths(args.gen_length, args.block_length, args.steps)
     check_speed(args.cache, args.refresh, args.threshold, args.remasking)
+    if not re.fullmatch('[0-9]{1,6}(,[0-9]{1,6})*', args.eval_lengths):
+        raise ValueError(f'--eval_lengths {args.eval_lengths!r} is no list of lengths such as 128,256')
     args.eval_lengths = [int(n) for n in args.eval_lengths.split(',')]
     for length in args.eval_lengths:
-        check_lengths(length, args.block_length, length // 2)
+        try:
+            check_lengths(length, args.block_length, length // 2)
+        except ValueError as e:
+            raise ValueError(f'--eval_lengths {length}, in {length // 2} steps: {e}') from None
     for name in ('num_prompts', 'sft_batch', 'base_batch'):  # else some would wait for others' gradients for ever
         if getattr(args, name) % world_size():
             raise ValueError(f'--{name} {getattr(args, name)} is not a multiple of the {world_size()} processes')
@@ -155,16 +180,26 @@ def check(args):
         raise ValueError('--num_generations must be at least 2: an advantage compares completions of one prompt')
     if (args.data or args.eval_data) and len(args.tasks) > 1:
         raise ValueError('--data and --eval_data hold the problems of one task: name one --task')
+    if args.model == 'nano' and args.data and not args.eval_data:
+        raise ValueError('--data without --eval_data would test on the built-in problems: give both')
     args.device = args.device or ('cuda' if torch.cuda.is_available() else
                                   'mps' if torch.backends.mps.is_available() else 'cpu')
+    dtype = getattr(torch, args.dtype)
     try:
-        torch.empty(1, device=args.device, dtype=getattr(torch, args.dtype, None) or torch.float32)
-    except (RuntimeError, AssertionError) as e:
+        torch.ones(1, device=args.device, dtype=dtype).item()
+        if args.device.startswith('cuda') and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+            raise RuntimeError('it has no bfloat16: give --dtype float32')
+    except (RuntimeError, AssertionError, TypeError) as e:
         raise ValueError(f'--device {args.device} is not usable here ({str(e).splitlines()[0]}): try --device cpu') from None
-    if args.dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f'--dtype is float32 or bfloat16, not {args.dtype}')
     args.name = args.name or '-'.join([os.path.basename(args.model.rstrip('/')), args.task.replace(',', '+'),
                                        '+'.join(args.stages), f'seed{args.seed}'])
+    if args.name != os.path.basename(args.name) or args.name in ('.', '..'):
+        raise ValueError(f'--name {args.name} is no name of a folder in --out')
+    parents = os.path.abspath(args.out)
+    while not os.path.exists(parents):
+        parents = os.path.dirname(parents)
+    if not (os.path.isdir(parents) and os.access(parents, os.W_OK)):
+        raise ValueError(f'--out {args.out}: {parents} is no folder that can be written')
     return args
 
 
@@ -194,6 +229,12 @@ def torch_stream(device, *key):
     return torch.Generator(device).manual_seed(random_stream(*key).getrandbits(63))
 
 
+def endless(items, *key):
+    """A function that gives item number i of an endless stream: every item once, in random order, before any again."""
+    order = functools.lru_cache(2)(lambda epoch: random_stream(*key, epoch).sample(items, len(items)))
+    return lambda i: order(i // len(items))[i % len(items)]
+
+
 # ---- problems and demonstrations ----
 
 class Problems:
@@ -211,6 +252,7 @@ class Problems:
                     f'--max_prompt {args.max_prompt} and dropped')
             if not self.rows:
                 raise ValueError(f'{task}: no prompt fits --max_prompt {args.max_prompt}: raise it')
+            self.row = endless(self.rows, args.seed, task)
 
     def encode(self, example):
         return chat(self.tokenizer, rewards.prompt(self.task, example))
@@ -220,8 +262,7 @@ class Problems:
         if self.rows is None:
             example = rewards.make(self.task, random_stream(self.seed, self.task, self.part, index), self.part)
             return self.encode(example), example
-        epoch, i = divmod(index, len(self.rows))
-        return self.rows[random_stream(self.seed, self.task, epoch).sample(range(len(self.rows)), len(self.rows))[i]]
+        return self.row(index)
 
     def first(self, n):
         """The first n problems (0 = all rows), in the file's order; of a Sudoku file the n that d1 drew (256 of its 500)."""
@@ -270,6 +311,8 @@ def sft_pairs(args, tokenizer):
     cut = sum(len(answer) > args.sft_length for _, answer in pairs)
     say(f'SFT: {len(kept)} traces, {len(pairs) - len(kept)} dropped for a prompt over --max_prompt, '
         f'{cut} cut to --sft_length')
+    if not kept:
+        raise ValueError(f'SFT has no trace whose prompt fits --max_prompt {args.max_prompt}: raise it')
     return kept
 
 
@@ -388,8 +431,11 @@ def write_json(path, value): write(path, json.dumps(value, indent=1).encode())
 
 
 def append(path, row):
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n')
+        f.flush()
+        os.fsync(f.fileno())  # a checkpoint that counts on it may follow
 
 
 def save(path, model, optimizers=(), **progress):
@@ -402,16 +448,29 @@ def save(path, model, optimizers=(), **progress):
         write(path, buffer.getbuffer())
 
 
-def restore(path, model, optimizers=()):
-    """Reads what save wrote into model and optimizers and returns the progress."""
+def read_checkpoint(path):
+    """What save wrote, as data: a pickle that would run code is refused."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        options = StateDictOptions(full_state_dict=True, strict=False)
+        return {name: saved[name] for name in ('weights', 'states', 'progress')}
+    except Exception as e:  # a cut or foreign file raises whatever it likes
+        raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it to begin again at the one before') from None
+
+
+def restore(path, saved, model, optimizers=()):
+    """Puts what read_checkpoint gave into model and optimizers."""
+    rates = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
+    try:
+        own = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+        if strangers := saved['weights'].keys() ^ own.keys():
+            raise KeyError(f'{min(strangers)} is not in both')
         set_state_dict(model, optimizers, model_state_dict=saved['weights'], optim_state_dict=saved['states'],
-                       options=options)
-    except (RuntimeError, KeyError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path} is no checkpoint of this model and these settings ({str(e).splitlines()[0]})') from None
-    return saved['progress']
+                       options=StateDictOptions(full_state_dict=True, strict=False))
+    except (RuntimeError, KeyError, AttributeError) as e:
+        line = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{path} is no checkpoint of this model and these settings ({line})') from None
+    for optimizer, rate in zip(optimizers, rates):  # a resumed run may be given another
+        optimizer.param_groups[0]['lr'] = rate
 
 
 # ---- training ----
@@ -426,37 +485,48 @@ class Run:
 
     def begin(self, stage, model, optimizers):
         """The step to begin a stage with: 0, or where its checkpoint was written; the logs are cut back to it."""
-        progress = dict(stage='', sizes=[0, 0])
-        if os.path.exists(self.checkpoint):
-            progress = torch.load(self.checkpoint, map_location='cpu', weights_only=True)['progress']
+        saved = read_checkpoint(self.checkpoint) if os.path.exists(self.checkpoint) else None
+        progress = saved['progress'] if saved else dict(stage='', sizes=[0, 0])
         for path, size in zip(self.logs, progress['sizes']):
             if rank() == 0 and os.path.exists(path):
                 os.truncate(path, size)
+        signal.signal(signal.SIGINT, self.interrupt)
         if progress['stage'] != stage:
             return 0
         say(f'going on with {stage} at step {progress["step"]}')
-        restore(self.checkpoint, model, optimizers)
+        restore(self.checkpoint, saved, model, optimizers)
         self.bad = progress['bad']
         return progress['step']
+
+    def interrupt(self, *_):
+        """Ctrl-C: the run ends after this step; the next Ctrl-C ends it at once."""
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def end_step(self, args, stage, step, steps, model, optimizers):
         """Writes the checkpoint when it is time; ends the run on Ctrl-C or after too many bad updates."""
         if self.bad >= MAX_BAD_UPDATES:
-            raise ValueError(f'{stage} step {step}: {self.bad} updates in a row had no finite gradient; '
-                             f'{self.checkpoint} holds the last good state: lower the learning rate and --resume')
+            kept = f'{self.checkpoint} holds the last good state' if os.path.exists(self.checkpoint) else 'none was good'
+            raise ValueError(f'{stage} step {step}: {self.bad} updates in a row had no finite loss and gradient; {kept}: '
+                             + ('lower --base_learning_rate in a run of another --name' if stage == 'base' else
+                                'lower the learning rate and --resume'))
         stop = any(gather([self.stop]))
         if stop or (self.bad == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps)):
             sizes = [os.path.getsize(path) if os.path.exists(path) else 0 for path in self.logs]
             save(self.checkpoint, model, optimizers, stage=stage, step=step + 1, sizes=sizes, bad=self.bad)
         if stop:
             raise KeyboardInterrupt
+        if step + 1 == steps:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing to save until the next stage
 
 
-def update(model, optimizers, max_grad_norm, run):
-    """Clips and steps; a gradient that is not finite skips the update. Returns the gradient's norm."""
+def update(model, optimizers, max_grad_norm, run, loss):
+    """Clips and steps; a loss (of all processes) or gradient that is not finite skips the update. Returns the gradient's norm."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # FSDP's gradients are sharded
-    run.bad = 0 if norm.isfinite() else run.bad + 1
+    run.bad = 0 if norm.isfinite() and math.isfinite(loss) else run.bad + 1
+    if run.bad:
+        say(f'an update was skipped: loss {loss}, norm of the gradient {norm.item()}')
     for optimizer in optimizers:
         if run.bad == 0:
             optimizer.step()
@@ -473,14 +543,16 @@ def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max
         began = time.time()
         for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, then down to 0
             optimizer.param_groups[0]['lr'] = rate * min(1, 20 * (step + 1) / steps) * (1 - step / steps)
+        torch.manual_seed(random_stream(args.seed, stage, step, rank()).getrandbits(63))  # of LoRA's dropout
         model.train()
         loss = sft_backward(net, draw(step), length, model.config, torch_stream(model.device, args.seed, stage, step),
                             args.micro_batch, rank(), world_size(), pretrain=stage == 'base')
-        norm = update(model, optimizers, max_grad_norm, run)
         loss = sum(gather([loss])) / world_size()
+        norm = update(model, optimizers, max_grad_norm, run, loss)
         bar.set_postfix(loss=f'{loss:.3f}')
         if rank() == 0 and stage != 'base':
-            append(run.logs[0], dict(stage=stage, step=step, loss=loss, grad_norm=norm, seconds=time.time() - began))
+            append(run.logs[0], dict(stage=stage, step=step, loss=loss, grad_norm=norm, bad_updates=int(run.bad > 0),
+                                     seconds=time.time() - began))
         run.end_step(args, stage, step, steps, model, optimizers)
 
 
@@ -491,6 +563,7 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
     start = run.begin('grpo', model, optimizers)
     for step in range(start, args.grpo_steps):                                                              # 2
         began, rollouts = time.time(), []
+        torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
         with gathered(model):  # once around all: the processes sample at their own pace
             for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
                 source = sources[k % len(sources)]
@@ -519,7 +592,9 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
                                        args.beta, args.norm)                                                # 10
                 (loss / len(rollouts)).backward()
                 stats.append(dict(loss=loss.item(), **stat))
-            stats[-1]['grad_norm'] = update(model, optimizers, args.max_grad_norm, run)
+            loss = sum(gather([stat['loss'] for stat in stats[-len(rollouts):]]))
+            stats[-1]['grad_norm'] = update(model, optimizers, args.max_grad_norm, run, loss)
+            stats[-1]['bad'] = run.bad > 0
         report(args, run, step, rollouts, stats, time.time() - began, sampled)
         run.end_step(args, 'grpo', step, args.grpo_steps, model, optimizers)
 
@@ -543,7 +618,8 @@ def report(args, run, step, rollouts, stats, seconds, sampled):
     for name in ('loss', 'kl', 'ratio', 'clip_high', 'clip_low', 'grad_norm'):
         values = [stat[name] for stat in stats if name in stat]
         line[name] = sum(values) / len(values)
-    line |= dict(first_ratio=stats[0]['ratio'], bad_updates=run.bad, length=sum(lengths) / len(lengths),
+    bad = sum(stat.get('bad', False) for stat in stats) // world_size()
+    line |= dict(first_ratio=stats[0]['ratio'], bad_updates=bad, length=sum(lengths) / len(lengths),
                  seconds=seconds, rollout_seconds=sampled)
     append(run.logs[0], line)
     tqdm.write(f'grpo {step + 1}/{args.grpo_steps}: ' + ', '.join(
@@ -586,13 +662,16 @@ def save_model(folder, model, tokenizer):
     if rank():
         return
     shutil.rmtree(folder + '.new', ignore_errors=True)
-    model.save_pretrained(folder + '.new')
-    tokenizer.save_pretrained(folder + '.new')
+    try:
+        model.save_pretrained(folder + '.new')
+        tokenizer.save_pretrained(folder + '.new')
+    except Exception as e:  # safetensors and tokenizers have error types of their own for a full disk
+        raise OSError(f'{folder}.new cannot be written ({e})') from None
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(folder + '.new', folder)
 
 
-def train_stage(args, run, stage, model, tokenizer, sources):
+def train_stage(args, run, stage, model, tokenizer, sources, pairs):
     """One stage from the weights before it to the weights after it, kept in out/NAME/STAGE.pt."""
     after = os.path.join(run.folder, f'{stage}.pt')
     net = model
@@ -600,13 +679,10 @@ def train_stage(args, run, stage, model, tokenizer, sources):
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
         net = replicated(model)
     if os.path.exists(after):
-        restore(after, model)
+        restore(after, read_checkpoint(after), model)
     elif stage == 'sft':
-        pairs = sft_pairs(args, tokenizer)
-        def draw(step):  # every pair once before any comes again
-            shuffled = lambda epoch: random_stream(args.seed, 'sft', epoch).sample(pairs, len(pairs))
-            places = range(step * args.sft_batch, (step + 1) * args.sft_batch)
-            return [shuffled(place // len(pairs))[place % len(pairs)] for place in places]
+        pair = endless(pairs, args.seed, 'sft')
+        draw = lambda step: [pair(i) for i in range(step * args.sft_batch, (step + 1) * args.sft_batch)]
         train_sft(args, run, 'sft', model, net, [adamw(model, args.sft_learning_rate, args.weight_decay)],
                   draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
     else:
@@ -628,29 +704,41 @@ def main(argv=None):
     args = check(parse(argv))
     run = Run(args)
     results_file = os.path.join(run.folder, 'results.json')
-    if os.path.exists(run.folder) and not args.resume:
-        raise ValueError(f'{run.folder} exists: --resume goes on with it, --name NAME begins another')
-    folder = nano_base(args) if args.model == 'nano' else args.model
+    if os.path.exists(os.path.join(run.folder, 'config.json')):  # written when all has been checked
+        if not args.resume:
+            raise ValueError(f'{run.folder} exists: --resume goes on with it, --name NAME begins another')
+        before = read_json(run.folder, 'config.json')
+        for name, now in vars(args).items():
+            if name not in FREE_ON_RESUME and before.get(name, now) != now:
+                raise ValueError(f'--{name} is {now!r}, but {run.folder} was begun with {before[name]!r}: --resume with that, '
+                                 'or begin another run with --name NAME')
+    elif args.resume:
+        raise ValueError(f'{run.folder} holds no run to go on with: leave out --resume, or give the --name that it has')
     dtype = getattr(torch, args.dtype)
-    model, tokenizer = load(folder, dtype if args.lora_rank or args.eval_only else torch.float32, args.device)
+    weights_dtype = dtype if args.lora_rank or args.eval_only else torch.float32
+    model, tokenizer = load(args.model, weights_dtype, args.device)
+    longest = args.max_prompt + max(args.gen_length, *args.eval_lengths, args.sft_length if 'sft' in args.stages else 0)
+    if longest > model.config.max_sequence_length:
+        raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, the model ends at '
+                         f'{model.config.max_sequence_length}: lower --max_prompt, --gen_length, --eval_lengths or --sft_length')
+    tests = test_sets(args, tokenizer)
+    sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
+    pairs = sft_pairs(args, tokenizer) if sources and 'sft' in args.stages else []
+    gather([])  # every process has looked before one writes
+    if rank() == 0:
+        os.makedirs(run.folder, exist_ok=True)
+        write_json(os.path.join(run.folder, 'config.json'), vars(args))
+    if args.model == 'nano':
+        model, tokenizer = load(nano_base(args), weights_dtype, args.device)
     model.compute_dtype = dtype  # of float32 weights: a bfloat16 weight would not notice steps of 3e-6
     model.gradient_checkpointing = args.gradient_checkpointing
     if world_size() > 1 and not args.lora_rank:
         shard(model)
-    tests = test_sets(args, tokenizer)
-    sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
-    results = {}
-    if rank() == 0:
-        os.makedirs(run.folder, exist_ok=True)
-        write_json(os.path.join(run.folder, 'config.json'), vars(args))
-    if os.path.exists(results_file):
-        with open(results_file) as f:
-            results = json.load(f)
+    results = read_json(run.folder, 'results.json') if os.path.exists(results_file) else {}
     results['constant'] = constant_scores(args, tokenizer, tests)
-    signal.signal(signal.SIGINT, lambda *_: setattr(run, 'stop', True))
     for stage in ['base', *([] if args.eval_only else args.stages)]:
         if stage != 'base':
-            train_stage(args, run, stage, model, tokenizer, sources)
+            train_stage(args, run, stage, model, tokenizer, sources, pairs)
         if stage not in results:
             with gathered(model):  # once for all: the processes may have different numbers of batches
                 results[stage] = evaluate(args, model, tokenizer, tests, stage)
@@ -700,20 +788,31 @@ def curves(run):
 
 def run(argv=None):
     """main, with one clear line and status 2 for what the user can mend, and 130 after Ctrl-C."""
-    if 'RANK' in os.environ:  # started by torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group()
     try:
+        if 'RANK' in os.environ:
+            join_processes()
         main(argv)
     except (ValueError, OSError) as e:
         time.sleep(3 * (rank() > 0))  # when process 0 says it too, torchrun ends the others meanwhile: one line, not eight
-        sys.exit(print(f'train.py: {e}', file=sys.stderr) or 2)
+        hint = ': mend that; a run that has begun goes on with --resume' if isinstance(e, OSError) else ''  # a full disk
+        sys.exit(print(f'train.py: {e}{hint}', file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print('stopped; the same command with --resume goes on', file=sys.stderr) or 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def join_processes():
+    """Joins the processes that torchrun started."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group()
+    except (ValueError, KeyError, RuntimeError) as e:  # torch's errors are RuntimeErrors with a stack in them
+        settings = ' '.join(f'{name}={os.environ.get(name)}' for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
+        raise ValueError(f'the processes cannot meet ({str(e).splitlines()[0]}; {settings}): start them with torchrun, '
+                         'and give --master_port another number if that one is taken') from None
 
 
 if __name__ == '__main__':

@@ -213,30 +213,3 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(whole, monkey
         run(whole, '--name', 'broken')
     before, kept = weights(whole / 'broken' / 'sft.pt'), weights(whole / 'broken' / 'checkpoint.pt')
     assert all(torch.equal(before[key], kept[key]) for key in before)
-
-
-BAD = [
-    ('--task gsm9k', 'choose from'),
-    ('--stages rl', 'choose from'),
-    ('--gen_length 20', 'not a multiple of block_length'),
-    ('--steps 3', 'not a multiple of'),
-    ('--num_generations 1', 'at least 2'),
-    ('--data nowhere.jsonl', 'no such'),
-    ('--model nowhere/nothing', 'check the name'),
-    ('--lora_rank 4 --lora_targets q_projection', 'matches no layer'),
-    ('--device cuda' if not torch.cuda.is_available() else '--device none', 'device'),
-    ('--eval_lengths 12', 'not a multiple of block_length'),
-    ('--refresh 2', 'takes --cache'),
-    ('--max_prompt 3 --data DATA', 'raise it'),
-]
-
-
-@pytest.mark.parametrize('flags, says', BAD)
-def test_bad_input_is_one_line_and_status_2(whole, tmp_path, flags, says):
-    data = tmp_path / 'data.jsonl'
-    data.write_text(json.dumps(dict(question='How many?', answer='2+2=4\n#### 4')) + '\n')
-    flags = flags.replace('DATA', str(data)).split()
-    done = subprocess.run([sys.executable, 'train.py', *SMALL, '--out', str(whole), '--name', tmp_path.name, *flags], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
-    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
-    assert done.stderr.count('\n') == 1, done.stderr

@@ -1,0 +1,179 @@
+"""What a user can get wrong, and the one line that each mistake ends in: exit status 2, no traceback, nothing written."""
+import json
+import os
+import pickle
+import re
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+
+import train
+from model import load
+from test_train import ROOT, SMALL
+
+ROW = dict(question='How many?', answer='2+2=4\n#### 4')
+TRACE = dict(question='How many?', thinking_trajectories=['2+2'], attempt='4')
+FILES = {
+    'good.jsonl': json.dumps(ROW) + '\n',
+    'trace.jsonl': json.dumps(TRACE) + '\n',
+    'cut.jsonl': json.dumps(ROW) + '\n{"question": "How',
+    'list.jsonl': '[1, 2]\n',
+    'column.jsonl': json.dumps(dict(question='q')) + '\n',
+    'type.jsonl': json.dumps(ROW) + '\n' + json.dumps({**ROW, 'question': 5}) + '\n',
+    'marker.jsonl': json.dumps({**ROW, 'answer': '4'}) + '\n',
+    'surrogate.jsonl': json.dumps({**ROW, 'question': '\ud800'}) + '\n',
+    'empty.jsonl': '',
+    'empty.csv': '',
+    'column.csv': 'a,b\n1,2\n',
+    'cut.json': '[{"question": ',
+    'table.txt': 'x',
+    'zip.jsonl.gz': 'no gzip',
+    'long.jsonl': json.dumps({**ROW, 'question': 'x' * 500}) + '\n',
+    'notrace.jsonl': json.dumps({**TRACE, 'thinking_trajectories': []}) + '\n',
+    'longtrace.jsonl': json.dumps({**TRACE, 'question': 'x' * 500}) + '\n',
+    'nums.jsonl': json.dumps(dict(nums=[1, 'x', 3], target=4)) + '\n',
+    'grid.csv': 'Puzzle,Solution\n1,2\n',
+    'begun/config.json': json.dumps(dict(beta=0.04, seed=0)),
+    'spoilt/config.json': '{',
+}
+DATA = '--data F/good.jsonl --eval_data F/good.jsonl'  # F: the folder of FILES, M: one with the models of MODELS
+LLADA = f'{DATA} --sft_data F/trace.jsonl --device cpu --dtype float32 --model'
+MODELS = {  # what is changed in a folder that holds a whole model: a file and its new content, None = removed
+    'no_weights': ('model.safetensors', None),
+    'cut_weights': ('model.safetensors', b'\x10\0\0\0'),
+    'bert': ('config.json', b'{"model_type": "bert", "hidden_size": 8}'),
+    'other_switch': ('config.json', lambda text: text.replace(b'"rope": true', b'"rope": false')),
+    'other_shape': ('config.json', lambda text: text.replace(b'"mlp_hidden_size": 384', b'"mlp_hidden_size": 383')),
+    'no_json': ('config.json', b'{'),
+    'no_tokenizer': ('tokenizer.json', None),
+    'no_shard': ('model.safetensors.index.json', b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+}
+NUMBERS = [row[0] for row in train.FLAGS if len(row) > 1 and type(row[1]) in (int, float)]
+BAD = [
+    # flags, what the line says
+    ('--nonsense 1', 'unrecognized arguments: --nonsense'),
+    ('--beta', 'argument --beta: expected one argument'),
+    ('--beta much', "argument --beta: invalid float value: 'much'"),
+    ('--grpo_steps 1.5', "argument --grpo_steps: invalid int value: '1.5'"),
+    ('--task gsm9k', "--task 'gsm9k' is unknown: choose from gsm8k, math"),
+    ('--task=', "--task '' is unknown: choose from"),
+    ('--task gsm8k,', "--task '' is unknown: choose from"),
+    ('--stages rl', "--stages 'rl' is unknown: choose from sft, grpo"),
+    ('--stages=', "--stages '' is unknown: choose from"),
+    ('--norm batch', "--norm 'batch' is unknown: choose from token, sequence"),
+    ('--remasking high', "--remasking 'high' is unknown: choose from low_confidence, random"),
+    ('--dtype float8', "--dtype 'float8' is unknown: choose from float32, bfloat16"),
+    ('--lora_rank 4 --lora_targets q_projection', "--lora_targets 'q_projection' is unknown: choose from q_proj"),
+    ('--gen_length 20', 'gen_length 20 is not a multiple of block_length 8'),
+    ('--steps 3', 'steps 3 is not a multiple of the 2 blocks'),
+    ('--steps 1', 'steps 1 is not a multiple of the 2 blocks'),
+    ('--eval_lengths 12', '--eval_lengths 12.* not a multiple of block_length'),
+    ('--eval_lengths half', "--eval_lengths 'half' is no list of lengths such as 128,256"),
+    ('--eval_lengths=', "--eval_lengths '' is no list"),
+    ('--eval_lengths 0', '--eval_lengths 0.* at least 1'),
+    ('--block_length 1 --steps 16', '--eval_lengths 8, in 4 steps: steps 4 is not a multiple of the 8 blocks'),
+    ('--max_prompt 500', 'the longest completion make 532 tokens, the model ends at 512: lower --max_prompt'),
+    ('--eval_lengths 4096', 'make 4160 tokens, the model ends at 512'),
+    ('--num_generations 1', '--num_generations must be at least 2'),
+    ('--p_mask_prompt 1.5', '--p_mask_prompt 1.5 is out of range: give a number from 0 to 1'),
+    ('--beta nan', '--beta nan is out of range'),
+    ('--learning_rate inf', '--learning_rate inf is out of range'),
+    *[(f'--{name}=-1', rf'--{name} -1(\.0)? is out of range: give a number (from|above) 0') for name in NUMBERS],
+    *[(f'--{name} 0', rf'--{name} 0(\.0)? is out of range: give a number above 0') for name in NUMBERS
+      if name not in train.ZERO_TOO and dict((row[0], row[1]) for row in train.FLAGS if len(row) > 1)[name] != 0],
+    ('--device none', '--device none is not usable here .*: try --device cpu'),
+    ('--device meta', '--device meta is not usable here .*: try --device cpu'),
+    *([] if torch.cuda.is_available() else [('--device cuda', '--device cuda is not usable here .*: try --device cpu')]),
+    ('--name a/b', '--name a/b is no name of a folder'),
+    ('--name ..', '--name .. is no name of a folder'),
+    ('--out F/good.jsonl', 'good.jsonl is no folder that can be written'),
+    ('--out F/good.jsonl/deeper', 'good.jsonl is no folder that can be written'),
+    ('--resume', 'holds no run to go on with: leave out --resume'),
+    ('--out F --name begun', 'begun exists: --resume goes on with it, --name NAME begins another'),
+    ('--out F --name begun --resume --beta 0.1', r'--beta is 0.1, but .*begun was begun with 0.04'),
+    ('--out F --name begun --resume --seed 1', '--seed is 1, but .*begun was begun with 0: --resume with that'),
+    ('--out F --name spoilt --resume', 'config.json cannot be read'),
+    # data
+    ('--data F/good.jsonl', '--data without --eval_data would test on the built-in problems: give both'),
+    (f'{DATA} --task gsm8k,math', 'hold the problems of one task'),
+    ('--eval_data F/nowhere.jsonl', 'nowhere.jsonl: no such .jsonl, .json or .csv file'),
+    ('--eval_data F', 'no such .jsonl, .json or .csv file'),
+    ('--eval_data F/table.txt', 'table.txt: no such .jsonl, .json or .csv file'),
+    ('--eval_data F/cut.jsonl', 'cut.jsonl, line 2: no JSON .*; mend or remove it'),
+    ('--eval_data F/list.jsonl', 'list.jsonl, line 1: no JSON object'),
+    ('--eval_data F/column.jsonl', r"column.jsonl, row 1: no column 'answer' \(there are question\)"),
+    ('--eval_data F/column.csv', "column.csv, row 1: no column 'question'"),
+    ('--eval_data F/type.jsonl', "type.jsonl, row 2: column 'question' holds '5', not str"),
+    ('--eval_data F/marker.jsonl', "row 1: column 'answer' does not end in #### and a number"),
+    ('--eval_data F/surrogate.jsonl', "surrogate.jsonl, row 1: column 'question' holds .* no valid text"),
+    ('--eval_data F/empty.jsonl', 'empty.jsonl: no rows to use'),
+    ('--eval_data F/empty.csv', r'empty.csv: not loaded \(No columns to parse from file\); mend the file'),
+    ('--eval_data F/cut.json', 'cut.json: not loaded .*position 13.*; mend the file'),
+    ('--eval_data F/zip.jsonl.gz', 'zip.jsonl.gz: not loaded'),
+    ('--eval_data F/long.jsonl', 'no prompt fits --max_prompt 64: raise it'),
+    ('--task countdown --eval_data F/nums.jsonl', 'row 1: .* is no list of whole numbers and a target'),
+    ('--task sudoku --eval_data F/grid.csv', 'row 1: .* are no 4x4 puzzle'),
+    ('--task code --eval_data F/good.jsonl', "row 1: no column 'test'"),
+    ('--sft_data F/notrace.jsonl', "notrace.jsonl, row 1: column 'thinking_trajectories' holds no text"),
+    ('--sft_data F/longtrace.jsonl', 'SFT has no trace whose prompt fits --max_prompt 64: raise it'),
+    # models
+    ('--model nowhere/nothing', 'nowhere/nothing is no folder, and no model of that name came from the hub'),
+    ('--model=', 'check the name and the network'),
+    (f'{LLADA} F', 'config.json cannot be read'),
+    (f'{LLADA} M/no_json', 'config.json cannot be read'),
+    (f'{LLADA} M/bert', "config.json has model_type='bert': only 'llada' is implemented"),
+    (f'{LLADA} M/other_switch', 'config.json has rope=False: only True is implemented'),
+    (f'{LLADA} M/other_shape', 'config.json asks for'),
+    (f'{LLADA} M/no_weights', 'model.safetensors is missing'),
+    (f'{LLADA} M/no_shard', 'model-00001-of-00002.safetensors is missing'),
+    (f'{LLADA} M/cut_weights', 'is no whole safetensors file'),
+    (f'{LLADA} M/no_tokenizer', 'has no readable tokenizer'),
+    (f'{LLADA} M/whole', 'make .* tokens, the model ends at 512'),
+    (f'--model M/whole --device cpu {DATA} --stages sft --max_prompt 64 --gen_length 64 --eval_lengths 64 --sft_length 64',
+     'simplescaling/s1K: not loaded .* check the network'),
+    ('--model M/whole --task sudoku --device cpu --max_prompt 64 --gen_length 64 --eval_lengths 64 --sft_length 64',
+     'sudoku has no test data on the hub: give a file'),
+]
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    """The folders F of the files and M of the models."""
+    files, models = tmp_path_factory.mktemp('files'), tmp_path_factory.mktemp('models')
+    for name, content in FILES.items():
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_text(content)
+    model, tokenizer = load('nano')
+    train.save_model(str(models / 'whole'), model, tokenizer)
+    for name, (file, change) in MODELS.items():
+        shutil.copytree(models / 'whole', models / name)
+        if change is None:
+            (models / name / file).unlink()
+        else:
+            (models / name / file).write_bytes(change((models / name / file).read_bytes()) if callable(change) else change)
+    return files, models
+
+
+def listing(*folders):
+    return sorted(os.path.join(folder, name) for top in folders for folder, _, names in os.walk(top) for name in ['', *names])
+
+
+def last_words(capsys, argv, start=train.run):
+    """The one line that a start with these flags ends in."""
+    with pytest.raises(SystemExit) as end:
+        start(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and 'Generating' not in line]  # a progress bar
+    assert end.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize('flags, says', BAD)
+def test_bad_input_is_one_line_and_status_2_and_writes_nothing(places, tmp_path, capsys, flags, says):
+    flags = [re.sub('^F(?=/|$)', str(places[0]), re.sub('^M(?=/)', str(places[1]), flag)) for flag in flags.split()]
+    before = listing(tmp_path, *places)
+    line = last_words(capsys, [*(SMALL if '--model' not in flags else []), '--out', str(tmp_path), *flags])
+    assert line.startswith('train.py: ') and re.search(says, line), line
+    assert listing(tmp_path, *places) == before
