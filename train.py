@@ -461,8 +461,8 @@ def restore(path, saved, model, optimizers=()):
     """Puts what read_checkpoint gave into model and optimizers."""
     rates = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
     try:
-        own = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
-        if strangers := saved['weights'].keys() ^ own.keys():
+        own = {name for name, p in model.named_parameters() if p.requires_grad}
+        if strangers := saved['weights'].keys() ^ own:
             raise KeyError(f'{min(strangers)} is not in both')
         set_state_dict(model, optimizers, model_state_dict=saved['weights'], optim_state_dict=saved['states'],
                        options=StateDictOptions(full_state_dict=True, strict=False))

@@ -85,7 +85,7 @@ BAD = [
     *[(f'--{name} 0', rf'--{name} 0(\.0)? is out of range: give a number above 0') for name in NUMBERS
       if name not in train.ZERO_TOO and dict((row[0], row[1]) for row in train.FLAGS if len(row) > 1)[name] != 0],
     ('--refresh 2', 'takes --cache'),
-    ('--threshold 1.5', '--?threshold'),
+    ('--threshold 1.5', 'threshold 1.5 is no probability'),
     ('--device none', '--device none is not usable here .*: try --device cpu'),
     ('--device meta', '--device meta is not usable here .*: try --device cpu'),
     *([] if torch.cuda.is_available() else [('--device cuda', '--device cuda is not usable here .*: try --device cpu')]),
