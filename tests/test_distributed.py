@@ -26,7 +26,7 @@ def run(out, name, kind, *flags, stop_at=None):
     """A run whose rewards vary; it keeps its first diffu-GRPO update's gradients, and may be stopped after a step."""
     task, update, end_step = rewards.TASKS['gsm8k'], train.update, train.Run.end_step
 
-    def keep_gradients(model, optimizers, max_grad_norm, run):
+    def keep_gradients(model, *rest):
         file = os.path.join(out, name, 'gradients.pt')
         if os.path.exists(os.path.join(out, name, 'sft.pt')) and not os.path.exists(file):
             whole = {key: p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad
@@ -35,7 +35,7 @@ def run(out, name, kind, *flags, stop_at=None):
                 dist.barrier()  # both have seen that there is no file
             if train.rank() == 0:
                 torch.save(dict(weights=whole), file)
-        return update(model, optimizers, max_grad_norm, run)
+        return update(model, *rest)
 
     def stop(self, args, stage, step, *rest):
         self.stop = (stage, step) == stop_at
