@@ -507,12 +507,12 @@ def pytest_functions(source):
 
 
 def s1k_row(row):
-    """s1K: question, thinking_trajectories, attempt or solution. Returns (question, completion)."""
+    """s1K: question, thinking_trajectories, attempt or solution. Returns (prompt, completion)."""
     thoughts = column(row, 'thinking_trajectories', list)
     answer = column(row, 'attempt' if 'attempt' in row else 'solution')
     if not thoughts or not isinstance(thoughts[0], str):
         raise ValueError("column 'thinking_trajectories' holds no text")
-    return column(row, 'question'), '\n'.join([TAGS[0], thoughts[0].strip(), TAGS[1], TAGS[2], answer.strip(), TAGS[3]])
+    return S1K_PROMPT + column(row, 'question'), '\n'.join([TAGS[0], thoughts[0].strip(), TAGS[1], TAGS[2], answer.strip(), TAGS[3]])
 
 
 def part_of(key, small):
@@ -672,6 +672,7 @@ class Task(NamedTuple):
 
 FORM = ('Work it out step by step first and give the answer after that, in this form:\n'
         '<reasoning>\nyour steps\n</reasoning>\n<answer>\nyour answer\n</answer>\nThe answer is ')
+S1K_PROMPT = f'Solve this problem. {FORM}the solution.\n\n'
 TASKS = {
     'gsm8k': Task(f'Solve this word problem. {FORM}one number in digits, without unit or words.',
                   gsm8k_reward, gsm8k_correct, gsm8k_row,
@@ -764,7 +765,7 @@ def load_examples(task_name, source=None, split='train'):
 
 
 def load_s1k(path=None):
-    """Return (question, completion) pairs for SFT from s1K, on the hub or in a local file with its columns."""
+    """Return (prompt, completion) pairs for SFT from s1K, on the hub or in a local file with its columns."""
     return load_rows([(path, None, None)] if path else [('simplescaling/s1K', None, 'train')], s1k_row)
 
 

@@ -55,7 +55,7 @@ FLAGS = [
     ('resume',             False,       False,       'go on with the run of this name'),
     ('eval_only',          False,       False,       'evaluate the model, train nothing'),
     ('Data',),
-    ('data',               '',          '',          'training problems: a .jsonl, .json or .csv file'),
+    ('data',               '',          '',          'training problems: a .jsonl, .json or .csv file, or one a task: a.jsonl,,c.csv'),
     ('eval_data',          '',          '',          'test problems: a file'),
     ('sft_data',           '',          '',          'a file of question, thinking_trajectories, attempt, as s1K'),
     ('max_prompt',         64,          512,         'tokens; longer prompts are dropped and counted'),
@@ -178,8 +178,11 @@ def check(args):
             raise ValueError(f'--{name} {getattr(args, name)} is not a multiple of the {world_size()} processes')
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions of one prompt')
-    if (args.data or args.eval_data) and len(args.tasks) > 1:
-        raise ValueError('--data and --eval_data hold the problems of one task: name one --task')
+    for name in ('data', 'eval_data'):
+        files = getattr(args, name).split(',')
+        if files != [''] and len(files) != len(args.tasks):
+            raise ValueError(f'--{name} names {len(files)} files for {len(args.tasks)} tasks: give one for each, in the '
+                             "tasks' order, such as a.jsonl,,c.csv (empty: the task's own data)")
     if args.model == 'nano' and args.data and not args.eval_data:
         raise ValueError('--data without --eval_data would test on the built-in problems: give both')
     args.device = args.device or ('cuda' if torch.cuda.is_available() else
@@ -235,6 +238,10 @@ def endless(items, *key):
     return lambda i: order(i // len(items))[i % len(items)]
 
 
+def seed_dropout(*key):  # LoRA's dropout is all that draws from the global generator
+    torch.manual_seed(random_stream('dropout', *key, rank()).getrandbits(63))
+
+
 # ---- problems and demonstrations ----
 
 class Problems:
@@ -242,7 +249,7 @@ class Problems:
 
     def __init__(self, args, tokenizer, task, part, source=None):
         self.task, self.part, self.seed, self.tokenizer = task, part, args.seed, tokenizer
-        path = args.data if part == 'train' else args.eval_data
+        path = file_of(args, task, part)
         self.rows = None
         if args.model != 'nano' or path:
             pairs = [(self.encode(row), row) for row in rewards.load_examples(task, path or source, part)]
@@ -273,12 +280,16 @@ class Problems:
         return self.rows[:n or None]
 
 
+def file_of(args, task, part):
+    return dict(zip(args.tasks, (args.data if part == 'train' else args.eval_data).split(','))).get(task)
+
+
 def test_sets(args, tokenizer):
     """{name: [(prompt ids, example)]}: for each task one set of its name; code has two on the hub, code-ID each."""
     sets = {}
     for task in args.tasks:
         hub = rewards.TASKS[task].datasets[1]
-        if args.model == 'nano' or args.eval_data or len(hub) < 2:
+        if args.model == 'nano' or file_of(args, task, 'test') or len(hub) < 2:
             sets[task] = Problems(args, tokenizer, task, 'test').first(args.eval_n)
         else:
             for source in hub:
@@ -328,7 +339,7 @@ def evaluate(args, model, tokenizer, problems, stage):
         for length in args.eval_lengths:
             done = []
             for first in tqdm(range(0, len(order), args.eval_batch), f'{stage}: {name}, {length} tokens', leave=False,
-                              disable=None):
+                              disable=None if rank() == 0 else True):
                 batch = order[first:first + args.eval_batch]
                 ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
                 completion_ids = generate(model, ids, length, args.block_length, length // 2,
@@ -541,6 +552,7 @@ def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=None if rank() == 0 else True)
     for step in bar:
         began = time.time()
+        seed_dropout(args.seed, stage, step)
         for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, then down to 0
             optimizer.param_groups[0]['lr'] = rate * min(1, 20 * (step + 1) / steps) * (1 - step / steps)
         torch.manual_seed(random_stream(args.seed, stage, step, rank()).getrandbits(63))  # of LoRA's dropout
@@ -563,6 +575,7 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
     start = run.begin('grpo', model, optimizers)
     for step in range(start, args.grpo_steps):                                                              # 2
         began, rollouts = time.time(), []
+        seed_dropout(args.seed, 'grpo', step)
         torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
         with gathered(model):  # once around all: the processes sample at their own pace
             for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch

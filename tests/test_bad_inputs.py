@@ -100,7 +100,7 @@ BAD = [
     ('--out F --name spoilt --resume', 'config.json cannot be read'),
     # data
     ('--data F/good.jsonl', '--data without --eval_data would test on the built-in problems: give both'),
-    (f'{DATA} --task gsm8k,math', 'hold the problems of one task'),
+    (f'{DATA} --task gsm8k,math', 'names 1 files for 2 tasks'),
     ('--eval_data F/nowhere.jsonl', 'nowhere.jsonl: no such .jsonl, .json or .csv file'),
     ('--eval_data F', 'no such .jsonl, .json or .csv file'),
     ('--eval_data F/table.txt', 'table.txt: no such .jsonl, .json or .csv file'),

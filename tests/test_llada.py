@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('llada')
     model = llada_folder(folder / 'base', torch.bfloat16, max_shard_size='15KB')
     problem = lambda n, text='': dict(question=f'{text}Ann has {n} eggs and eats one. How many are left?', answer=f'#### {n - 1}')
-    trace = dict(question='1+1?', thinking_trajectories=['One and one\n\nare two.'], attempt='It is 2.')
+    trace = dict(question='1+1?', thinking_trajectories=['One and one\n\nare two.'], attempt='It is 2.')  # tokens are bytes: a prompt has some 220
     flags = ['--model', str(model), '--out', str(folder / 'out'),
              '--data', lines(folder / 'train.jsonl', *map(problem, range(4, 9)), problem(9, 'long ' * 100)),
              '--eval_data', lines(folder / 'test.jsonl', problem(2), problem(3, 'Today ')),

@@ -358,8 +358,9 @@ def test_the_real_files_load_whole():
 
 def test_s1k_becomes_tagged_completions(tmp_path):
     row = {'question': 'q', 'thinking_trajectories': ['think\n\nmore'], 'attempt': ' 42 '}
-    [(question, completion)] = load_s1k(write(tmp_path, 's1k.jsonl', row))
-    assert question == 'q' and completion == tagged('42', 'think\n\nmore') and rewards.strict_format(completion)
+    [(asked, completion)] = load_s1k(write(tmp_path, 's1k.jsonl', row))
+    assert asked.endswith('\n\nq') and all(asked.count(tag) == 1 for tag in rewards.TAGS), 'as every task asks'
+    assert completion == tagged('42', 'think\n\nmore') and rewards.strict_format(completion)
     with pytest.raises(ValueError, match='row 1: .*thinking_trajectories'):
         load_s1k(write(tmp_path, 'bad.jsonl', {**row, 'thinking_trajectories': []}))
 

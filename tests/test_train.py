@@ -184,6 +184,33 @@ def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew():
     assert name == 'sudoku' and digits(example['question'] for _, example in pairs) == digits(theirs)
 
 
+def test_each_task_may_have_its_own_file(tmp_path):
+    puzzle, problem = dict(Puzzle='4320004330100004', Solution='4321124334122134'), dict(question='1+1?', answer='#### 2')
+    for name, row in (('puzzle', puzzle), ('problem', problem)):
+        (tmp_path / f'{name}.jsonl').write_text(json.dumps(row))
+    files = f"{tmp_path / 'problem.jsonl'},{tmp_path / 'puzzle.jsonl'}"
+    args = llada_args('--task', 'gsm8k,sudoku', '--data', files, '--eval_data', files)
+    sets = train.test_sets(args, nano_tokenizer())
+    assert {name: pairs[0][1]['answer'] for name, pairs in sets.items()} == dict(gsm8k=2.0, sudoku='4321124334122134')
+    assert train.Problems(args, nano_tokenizer(), 'sudoku', 'train').draw(0)[1]['answer'] == '4321124334122134'
+
+
+def test_dropout_is_the_same_again_and_after_a_stop(whole, monkeypatch):
+    flags = '--lora_rank 4 --lora_dropout 0.5 --stages grpo --learning_rate 1e-2'.split()
+    run(whole, '--name', 'dropout', *flags)
+    end_step = train.Run.end_step
+    def stop(self, args, stage, step, *rest):
+        self.stop = step == 1
+        end_step(self, args, stage, step, *rest)
+    monkeypatch.setattr(train.Run, 'end_step', stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(whole, '--name', 'dropout-again', *flags)
+    monkeypatch.undo()
+    run(whole, '--name', 'dropout-again', *flags, '--resume')
+    log = rows(whole / 'dropout' / 'log.jsonl')
+    assert rows(whole / 'dropout-again' / 'log.jsonl') == log and log[1]['first_ratio'] != 1, 'there was dropout'
+
+
 def test_code_is_evaluated_on_human_eval_and_mbpp_apart(monkeypatch):
     human = dict(prompt='def f(x):\n', entry_point='f', test='def check(f):\n    assert f(1) == 1')
     mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='')
