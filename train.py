@@ -238,10 +238,6 @@ def endless(items, *key):
     return lambda i: order(i // len(items))[i % len(items)]
 
 
-def seed_dropout(*key):  # LoRA's dropout is all that draws from the global generator
-    torch.manual_seed(random_stream('dropout', *key, rank()).getrandbits(63))
-
-
 # ---- problems and demonstrations ----
 
 class Problems:
@@ -552,7 +548,6 @@ def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=None if rank() == 0 else True)
     for step in bar:
         began = time.time()
-        seed_dropout(args.seed, stage, step)
         for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, then down to 0
             optimizer.param_groups[0]['lr'] = rate * min(1, 20 * (step + 1) / steps) * (1 - step / steps)
         torch.manual_seed(random_stream(args.seed, stage, step, rank()).getrandbits(63))  # of LoRA's dropout
@@ -575,7 +570,6 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
     start = run.begin('grpo', model, optimizers)
     for step in range(start, args.grpo_steps):                                                              # 2
         began, rollouts = time.time(), []
-        seed_dropout(args.seed, 'grpo', step)
         torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
         with gathered(model):  # once around all: the processes sample at their own pace
             for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
