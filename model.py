@@ -304,15 +304,15 @@ class LoRALinear(Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, None
         self.scale, self.dropout, self.on = alpha / rank, dropout, True
-        new = dict(device=linear.weight.device, dtype=torch.float32)  # small, so float32 beside bfloat16 weights
+        new = dict(device=linear.weight.device, dtype=torch.float32)  # computes in x's dtype, as Linear
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **new))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **new))
 
     def forward(self, x):
         y = F.linear(x, self.weight)
         if self.on:
-            h = F.dropout(x, self.dropout, self.training).float()
-            y = y + (self.scale * F.linear(F.linear(h, self.lora_a), self.lora_b)).to(y.dtype)
+            h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
+            y = y + self.scale * F.linear(h, self.lora_b.to(x.dtype))
         return y
 
 

@@ -201,7 +201,8 @@ if __name__ == '__main__':
             raise ValueError(f'--task {a.task} is unknown: choose from {", ".join(rewards.TASKS)}')
         check_lengths(a.gen_length, a.block_length, a.steps or a.gen_length // 2)
         check_speed(a.cache, a.refresh, a.threshold, 'low_confidence')
-        model, tokenizer = load(a.model or last_model(a.out))
+        place = (torch.bfloat16, 'cuda') if torch.cuda.is_available() else (torch.float32, 'cpu')
+        model, tokenizer = load(a.model or last_model(a.out), *place)
         example = dict(question=a.prompt) if a.prompt else rewards.make(a.task, random.Random(a.seed), 'test')
         show(model.eval(), tokenizer, rewards.prompt(a.task, example), gen_length=a.gen_length,
              block_length=a.block_length, steps=a.steps or a.gen_length // 2, temperature=a.temperature, cache=a.cache, refresh=a.refresh,

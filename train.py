@@ -573,8 +573,9 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
         torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
         with gathered(model):  # once around all: the processes sample at their own pace
             for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
-                source = sources[k % len(sources)]
-                prompt_ids, example = source.draw(step * args.num_prompts + k)                              # 4
+                turn, place = divmod(step * args.num_prompts + k, len(sources))  # the tasks take turns
+                source = sources[place]
+                prompt_ids, example = source.draw(turn)                                                     # 4
                 group = rollout(model, tokenizer, prompt_ids, num_generations=args.num_generations,         # 5
                                 reward=lambda texts: [g['reward'] for g in grades(source.task, texts, example)],
                                 generator=torch_stream(device, args.seed, 'rollout', step, k),
@@ -618,6 +619,7 @@ def report(args, run, step, rollouts, stats, seconds, sampled):
     stats = gather(stats)
     if rank():
         return
+    rows.sort(key=lambda row: row['k'])
     every = [reward for row in rows for reward in row['rewards']]
     lengths = [n for row in rows for n in row['lengths']]
     line = dict(stage='grpo', step=step, reward=sum(every) / len(every),

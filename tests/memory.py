@@ -2,7 +2,7 @@
 
     python tests/memory.py
 The code runs on the meta device, where tensors have shapes but no memory, while every storage that it makes is counted
-until it is freed. Left out: the allocator's rounding and fragments, CUDA's own 0.5 to 1 GB, NCCL's buffers, and what
+until it is freed. Left out: the allocator's rounding and fragments, CUDA's own 0.5 to 1 GB, the buffers of DDP and NCCL, and what
 kernels need inside. Attention counts as a fused kernel: without its (T, T) matrix.
 """
 import contextlib

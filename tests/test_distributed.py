@@ -66,6 +66,7 @@ def assert_same_run(one, two, files):
     assert [row['stage'] for row in log] == ['sft'] * 3 + ['grpo'] * 3
     for a, b in zip(log, rows(two / 'log.jsonl'), strict=True):
         assert a == {key: b[key] if key == 'stage' else pytest.approx(b[key], rel=1e-5, abs=1e-5) for key in b}
+    assert rows(one / 'samples.jsonl') == rows(two / 'samples.jsonl')
     for file in files:
         a, b = weights(one / file), weights(two / file)
         assert a.keys() == b.keys() and a

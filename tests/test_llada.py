@@ -90,3 +90,15 @@ def test_what_the_run_saved_is_scored_by_rewards(whole, capsys, file, n):
         official = json.loads((folder / 'out/run' / file).read_text())
         assert {'metrics', 'model_path', 'gen_length', 'diffusion_steps', 'block_length'} < official.keys()
         assert (official['gen_length'], official['diffusion_steps']) == (512, 256)
+
+
+def test_tasks_take_turns_and_every_row_comes_once(whole, monkeypatch):
+    folder, _, _ = whole
+    problems = lines(folder / 'three.jsonl', *(dict(question=f'What is {n}?', answer=f'#### {n}') for n in range(3)))
+    numbers = lines(folder / 'numbers.jsonl', *(dict(nums=[1, 2, n], target=3) for n in range(3)))
+    drawn, draw = [], train.Problems.draw
+    monkeypatch.setattr(train.Problems, 'draw', lambda self, i: drawn.append((self.task, draw(self, i)[1]['question'])) or draw(self, i))
+    train.main([*FLAGS, '--model', str(folder / 'base'), '--out', str(folder / 'out'), '--name', 'turns', '--stages', 'grpo',
+                '--task', 'gsm8k,countdown', '--data', f'{problems},{numbers}', '--eval_data', f'{problems},{numbers}',
+                '--eval_lengths', '16', '--eval_n', '1', '--grpo_steps', '3', '--num_iterations', '1'])
+    assert [task for task, _ in drawn] == ['gsm8k', 'countdown'] * 3 and len(set(drawn)) == 6
