@@ -157,6 +157,9 @@ def chat(tokenizer, text):
 def show(model, tokenizer, text, **sampling):
     """Prints a chat prompt's completion after every step: masks as dots, new tokens highlighted on a terminal."""
     prompt = chat(tokenizer, text)
+    if len(prompt) + sampling['gen_length'] > model.config.max_sequence_length:
+        raise ValueError(f'the prompt has {len(prompt)} tokens: with gen_length they are more than the '
+                         f'{model.config.max_sequence_length} of the model')
     prompt_ids = torch.tensor([prompt], device=model.device)
     new, old = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('', '')
     before = None
@@ -195,8 +198,12 @@ if __name__ == '__main__':
     p.add_argument('--refresh', type=int, default=0, help='steps between refreshes of the cache (0 = once a block)')
     p.add_argument('--threshold', type=float, default=0.0, help='commit every token this sure, instead of a fixed number')
     p.add_argument('--seed', type=int, default=0, help='of the built-in problem')
-    a = p.parse_args()
+    def fail(message): raise ValueError(f'{message} (--help lists all flags)')
+    p.error = fail
     try:
+        a = p.parse_args()
+        if not 0 <= a.temperature < float('inf'):
+            raise ValueError(f'--temperature {a.temperature} is out of range: give a number from 0')
         if a.task not in rewards.TASKS:
             raise ValueError(f'--task {a.task} is unknown: choose from {", ".join(rewards.TASKS)}')
         check_lengths(a.gen_length, a.block_length, a.steps or a.gen_length // 2)

@@ -427,10 +427,14 @@ def run_folder(args): return os.path.join(args.out, args.name)
 
 def write(path, data):
     """Writes bytes to a file so that, whatever happens, either the old or the new content is there, whole."""
-    with open(path + '.new', 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(path + '.new', 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:  # a full disk does not say where
+        e.filename = path + '.new'
+        raise
     os.replace(path + '.new', path)
 
 
@@ -815,6 +819,8 @@ def run(argv=None):
 def join_processes():
     """Joins the processes that torchrun started."""
     try:
+        if not 0 <= int(os.environ['RANK']) < int(os.environ['WORLD_SIZE']):
+            raise ValueError('RANK is not below WORLD_SIZE')  # it would wait for others for half an hour
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group()

@@ -1,11 +1,15 @@
 """The recipe end to end, in miniature: it runs, resumes to the same numbers, and says what is wrong in one line."""
+import argparse
+import itertools
 import json
 import os
+import pickle
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from safetensors.torch import load_file
 
 import grpo
 import rewards
+import sft
 import train
 from model import nano_tokenizer
 from tiny import SHARED, needs_shared
@@ -79,41 +84,117 @@ def test_first_ratio_is_one_and_masks_differ_between_updates(whole):
     assert fixed[0]['reward'] == log[0]['reward'] and fixed[0]['loss'] != log[0]['loss']
 
 
-@pytest.mark.parametrize('stage, step', [('sft', 0), ('sft', 1), ('grpo', 0), ('grpo', 1), ('grpo', 2)])
-def test_stopped_run_resumes_to_the_same_numbers(whole, monkeypatch, stage, step):
-    name = f'stopped-{stage}-{step}'
+def interrupt(monkeypatch, stage, step):
+    """Ctrl-C during a step."""
     end_step = train.Run.end_step
-    def stop_at(self, args, at_stage, at_step, *rest):
-        self.stop = (at_stage, at_step) == (stage, step)
+    def struck(self, args, at_stage, at_step, *rest):
+        if (at_stage, at_step) == (stage, step):
+            signal.raise_signal(signal.SIGINT)
         end_step(self, args, at_stage, at_step, *rest)
-    monkeypatch.setattr(train.Run, 'end_step', stop_at)
-    with pytest.raises(KeyboardInterrupt):
-        run(whole, '--name', name)
+    monkeypatch.setattr(train.Run, 'end_step', struck)
+
+
+def ends(capsys, status, out, *flags):
+    """The one line on stderr, progress bars aside, that a run ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train.run([*SMALL, '--out', str(out), *flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and '%|' not in line and 'it/s]' not in line]
+    assert end.value.code == status and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize('stage, step, flags', [('base', 1, ''), ('sft', 1, ''), ('grpo', 0, ''),
+                                                ('grpo', 2, ''), ('grpo', 1, '--stages grpo --lora_rank 4 --lora_dropout 0.5')])
+def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_numbers(whole, tmp_path, monkeypatch, capsys, stage, step, flags):
+    out, name, flags = tmp_path if stage == 'base' else whole, f'stopped-{stage}-{step}{flags[:1]}', flags.split()
+    if flags:
+        run(whole, '--name', 'dropout', *flags)
+    interrupt(monkeypatch, stage, step)
+    line = ends(capsys, 130, out, '--name', name, '--save_every', '9', *flags)
+    assert line == 'stopped; the same command with --resume goes on'
     monkeypatch.undo()
-    run(whole, '--name', name, '--resume')
-    assert rows(whole / name / 'log.jsonl') == rows(whole / 'whole' / 'log.jsonl')
-    assert rows(whole / name / 'samples.jsonl') == rows(whole / 'whole' / 'samples.jsonl')
-    ours, theirs = weights(whole / name / 'grpo.pt'), weights(whole / 'whole' / 'grpo.pt')
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    run(out, '--name', name, '--resume', *flags)
+    expected = whole / ('dropout' if flags else 'whole')
+    for log in ('log.jsonl', 'samples.jsonl'):
+        assert rows(out / name / log) == rows(expected / log)
+    ours, theirs = weights(out / name / 'grpo.pt'), weights(expected / 'grpo.pt')
+    assert theirs and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_killed_run_resumes_to_the_same_numbers(whole):
-    name, command = 'killed', [sys.executable, 'train.py', *SMALL, '--out', str(whole), '--name', 'killed']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    log = whole / name / 'log.jsonl'
-    for kills in range(3):
-        process = subprocess.Popen([*command, *(['--resume'] if kills else [])], cwd=ROOT, env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(rows(log)) if log.exists() else 0
-        while process.poll() is None and not (log.exists() and log.read_text().count('\n') > before):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, '--resume'], cwd=ROOT, env=environment, check=True, capture_output=True)
-    subprocess.run([*command[:-1], 'unkilled'], cwd=ROOT, env=environment, check=True, capture_output=True)
-    assert rows(log) == rows(whole / 'unkilled' / 'log.jsonl')
-    ours, theirs = weights(whole / name / 'grpo.pt'), weights(whole / 'unkilled' / 'grpo.pt')
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+def test_a_second_ctrl_c_ends_at_once():
+    run = train.Run(argparse.Namespace(out='out', name='name'))
+    try:
+        run.interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert run.stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='kill.py reads /proc')
+def test_killed_runs_resume_to_the_same_numbers():
+    """SIGKILL in each stage and in the middle of a write; tests/kill.py 20 is the long version."""
+    done = subprocess.run([sys.executable, 'tests/kill.py', '1'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'every file of every run equals' in done.stdout
+
+
+@pytest.fixture
+def stopped(whole, tmp_path, monkeypatch, capsys):
+    """The folder of a run that Ctrl-C ended in the first step of diffu-GRPO."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True, ignore=lambda top, names: [] if 'base-' in top else
+                    [name for name in names if top == str(whole) and not name.startswith('base-')])
+    interrupt(monkeypatch, 'grpo', 0)
+    ends(capsys, 130, tmp_path, '--name', 'run')
+    monkeypatch.undo()
+    return tmp_path / 'run'
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(stopped, whole, capsys):
+    kept = (stopped / 'checkpoint.pt').read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # bytes a file; a checkpoint has ten times as many
+    try:
+        line = ends(capsys, 2, stopped.parent, '--name', 'run', '--resume')
+        with pytest.raises(OSError, match='model.new cannot be written'):  # safetensors has errors of its own
+            train.save_model(str(stopped / 'model'), *train.load('nano'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 'checkpoint.pt.new' in line and line.endswith('mend that; a run that has begun goes on with --resume')
+    assert (stopped / 'checkpoint.pt').read_bytes() == kept and not (stopped / 'model').exists()
+    run(stopped.parent, '--name', 'run', '--resume')
+    assert rows(stopped / 'log.jsonl') == rows(whole / 'whole' / 'log.jsonl')
+
+
+class Bomb:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('file', ['checkpoint.pt', 'sft.pt'])
+def test_a_checkpoint_is_data_of_this_model_or_one_line(stopped, capsys, file):
+    good = torch.load(stopped / file, weights_only=True)
+    shapes = {**good, 'weights': {name: tensor[:1] for name, tensor in good['weights'].items()}}
+    names = {**good, 'weights': {f'model.{name}': tensor for name, tensor in good['weights'].items()}}
+    for content in (dict(good, weights=Bomb(str(stopped / 'exploded'))), [1], {}, shapes, names):
+        torch.save(content, stopped / file)
+        line = ends(capsys, 2, stopped.parent, '--name', 'run', '--resume')
+        assert f'{file} is no checkpoint' in line and not (stopped / 'exploded').exists()
+    for data in (b'', b'nonsense', pickle.dumps(Bomb(str(stopped / 'exploded'))), (stopped / file).read_bytes()[:1000]):
+        (stopped / file).write_bytes(data)
+        line = ends(capsys, 2, stopped.parent, '--name', 'run', '--resume')
+        assert f'{file} is no checkpoint' in line and not (stopped / 'exploded').exists()
+
+
+def test_a_learning_rate_given_with_resume_counts(stopped, whole):
+    before = weights(stopped / 'checkpoint.pt')
+    run(stopped.parent, '--name', 'run', '--resume', '--learning_rate', '1e-12')
+    after, whole = weights(stopped / 'grpo.pt'), weights(whole / 'whole' / 'grpo.pt')
+    moved = lambda weights: max((weights[name] - before[name]).abs().max() for name in before)
+    assert moved(after) < 1e-3 * moved(whole)
 
 
 def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(whole):
@@ -229,14 +310,41 @@ def test_a_run_is_never_overwritten(whole):
         run(whole, '--name', 'whole')
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(whole, monkeypatch):
-    loss = train.grpo_loss
-    def broken(*tensors):
-        value, stats = loss(*tensors)
-        return value * float('nan'), stats
-    monkeypatch.setattr(train, 'grpo_loss', broken)
+def spoil(monkeypatch, module, name, calls, how):
+    """Lets some calls of a loss, counted from 1, return a spoilt one."""
+    loss, count = getattr(module, name), itertools.count(1)
+    def spoilt(*tensors):
+        value = loss(*tensors)
+        if next(count) not in calls:
+            return value
+        return (how(value[0]), *value[1:]) if isinstance(value, tuple) else how(value)
+    monkeypatch.setattr(module, name, spoilt)
+
+
+@pytest.mark.parametrize('how', [lambda loss: loss * float('nan'), lambda loss: loss + float('inf')])  # its gradient is finite
+@pytest.mark.parametrize('stage, module, name', [('sft', sft, 'masked_loss'), ('grpo', train, 'grpo_loss')])
+def test_a_loss_that_is_not_finite_skips_one_update_and_is_counted(whole, monkeypatch, stage, module, name, how):
+    run_name = f'skipped-{stage}-{how(torch.tensor(1.0))}'
+    spoil(monkeypatch, module, name, {2}, how)
+    run(whole, '--name', run_name, '--stages', stage)
+    log = [json.loads(line, parse_constant=pytest.fail) for line in (whole / run_name / 'log.jsonl').read_text().splitlines()]
+    assert [row['bad_updates'] for row in log] == ([0, 1, 0] if stage == 'sft' else [1, 0, 0])
+    assert all(tensor.isfinite().all() for tensor in weights(whole / run_name / f'{stage}.pt').values())
+
+
+def test_too_many_bad_updates_end_the_run_and_keep_the_last_good_checkpoint(whole, monkeypatch):
+    spoil(monkeypatch, train, 'grpo_loss', range(1, 99), lambda loss: loss * float('nan'))
     monkeypatch.setattr(train, 'MAX_BAD_UPDATES', 4)
-    with pytest.raises(ValueError, match='4 updates in a row'):
+    with pytest.raises(ValueError, match='grpo step 1: 4 updates in a row .* lower the learning rate and --resume'):
         run(whole, '--name', 'broken')
     before, kept = weights(whole / 'broken' / 'sft.pt'), weights(whole / 'broken' / 'checkpoint.pt')
     assert all(torch.equal(before[key], kept[key]) for key in before)
+    monkeypatch.undo()
+    run(whole, '--name', 'broken', '--resume', '--learning_rate', '1e-5')
+    assert [row['bad_updates'] for row in rows(whole / 'broken' / 'log.jsonl')] == [0] * 6
+
+
+def test_a_base_that_breaks_names_its_own_learning_rate(tmp_path, monkeypatch):
+    spoil(monkeypatch, sft, 'masked_loss', range(1, 99), lambda loss: loss * float('nan'))
+    with pytest.raises(ValueError, match='base step 4: 5 updates in a row .* none was good: lower --base_learning_rate'):
+        run(tmp_path, '--base_steps', '8')
