@@ -21,7 +21,7 @@ from tqdm import tqdm
 import rewards
 import train
 
-FLAGS = ('--base_steps 12 --base_batch 8 --sft_steps 12 --sft_batch 8 --sft_problems 8 --grpo_steps 8 --num_prompts 2 '
+FLAGS = ('--base_steps 10 --base_batch 8 --sft_steps 10 --sft_batch 8 --sft_problems 8 --grpo_steps 6 --num_prompts 2 '
          '--num_generations 4 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 --sft_length 32 --eval_n 4 '
          '--eval_lengths 8,16 --save_every 2 --device cpu --name run').split()
 STAGES = ('base', 'sft', 'grpo')
@@ -123,14 +123,17 @@ def main(n=20):
     torch.set_num_threads(1)  # forks must not share a pool of threads
     began, rng, kills = time.time(), random.Random(0), dict.fromkeys((*STAGES, 'write'), 0)
     top = tempfile.mkdtemp()
-    seconds = dict(base=0.4, sft=0.4, grpo=0.8)
     # a reward that an untrained model earns in different amounts, so that there is an advantage to learn from
     rewards.TASKS['gsm8k'] = rewards.TASKS['gsm8k']._replace(reward=lambda text, example: len(set(text)) / 10)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.run([*FLAGS, '--out', os.path.join(top, 'whole')])  # here, so that the forks find all imports done
     whole, rounds = content(os.path.join(top, 'whole')), 0
     log = whole['run/log.jsonl']
-    assert len(log) == 20 and len({row['loss'] for row in log}) == 20, 'the run that all are compared with must move'
+    with open(os.path.join(top, 'whole', 'run', 'log.jsonl')) as file:
+        timed = [json.loads(line) for line in file]
+    seconds = {stage: sum(row['seconds'] for row in timed if row['stage'] == stage) for stage in ('sft', 'grpo')}
+    seconds['base'] = seconds['sft']  # as many updates, of as many texts
+    assert len(log) == len({row['loss'] for row in log}) == 16, 'the run that all are compared with must move'
     with tqdm(total=4 * n, disable=None) as bar:
         while min(kills.values()) < n:
             out, rounds, ended, passed = os.path.join(top, str(rounds)), rounds + 1, False, 0
