@@ -1,10 +1,10 @@
 """What a user can get wrong, and the one line that each mistake ends in: exit status 2, no traceback, nothing written."""
 import json
 import os
-import pickle
 import re
 import runpy
 import shutil
+import socket
 import sys
 
 import pytest
@@ -179,3 +179,68 @@ def test_bad_input_is_one_line_and_status_2_and_writes_nothing(places, tmp_path,
     line = last_words(capsys, [*(SMALL if '--model' not in flags else []), '--out', str(tmp_path), *flags])
     assert line.startswith('train.py: ') and re.search(says, line), line
     assert listing(tmp_path, *places) == before
+
+
+SCRIPTS = [  # O: an empty folder
+    ('sample.py --task chess', '--task chess is unknown: choose from gsm8k'),
+    ('sample.py --steps many', "argument --steps: invalid int value: 'many'"),
+    ('sample.py --gen_length 20', 'gen_length 20 is not a multiple of block_length 8'),
+    ('sample.py --gen_length 0', 'must be at least 1'),
+    ('sample.py --temperature=-1', '--temperature -1.0 is out of range'),
+    ('sample.py --temperature nan', '--temperature nan is out of range'),
+    ('sample.py --out O', 'no model in .*: run python train.py first, or give --model FOLDER'),
+    ('sample.py --model nowhere/nothing', 'nowhere/nothing is no folder, and no model of that name came from the hub'),
+    ('sample.py --model M/bert', "model_type='bert'"),
+    (f'sample.py --model M/whole --prompt {"x" * 500}', 'tokens: with gen_length they are more than the 512 of the model'),
+    ('sft.py --out O --task chess', "--task 'chess' is unknown"),
+    ('sft.py --out O --sft_data F/notrace.jsonl', "row 1: column 'thinking_trajectories' holds no text"),
+    ('rewards.py', 'usage: python rewards.py gsm8k|'),
+    ('rewards.py chess F/good.jsonl', 'usage: python rewards.py gsm8k|'),
+    ('rewards.py gsm8k F/nowhere.json', 'No such file'),
+    ('rewards.py gsm8k F', 'no such .jsonl, .json or .csv file'),
+    ('rewards.py gsm8k F/cut.json', 'cut.json: neither the official JSON layout nor our samples.jsonl'),
+    ('rewards.py gsm8k F/cut.jsonl', 'cut.jsonl, line 2: no JSON'),
+    ('rewards.py gsm8k F/column.jsonl', 'column.jsonl: neither the official JSON layout nor our samples.jsonl'),
+    ('rewards.py sudoku F/good.jsonl', "is no answer of the task sudoku"),
+    ('rewards.py gsm8k F/empty.jsonl', 'no generations'),
+]
+
+
+@pytest.mark.parametrize('command, says', SCRIPTS)
+def test_bad_input_of_a_script_is_one_line_and_status_2_and_writes_nothing(places, tmp_path, monkeypatch, capsys, command, says):
+    parts = {'F': str(places[0]), 'M': str(places[1]), 'O': str(tmp_path)}
+    script, *flags = (re.sub('^[FMO](?=/|$)', lambda found: parts[found[0]], word) for word in command.split())
+    monkeypatch.setattr(sys, 'argv', [script, *flags])
+    before = listing(tmp_path, *places)
+    line = last_words(capsys, os.path.join(ROOT, script), lambda path: runpy.run_path(path, run_name='__main__'))
+    assert re.search(says, line), line
+    assert listing(tmp_path, *places) == before
+
+
+@pytest.mark.parametrize('settings, says', [
+    ('RANK=0', 'the processes cannot meet .*WORLD_SIZE=None.* start them with torchrun'),
+    ('RANK=one WORLD_SIZE=2', "invalid literal .*RANK=one"),
+    ('RANK=2 WORLD_SIZE=2', 'RANK is not below WORLD_SIZE'),
+    ('RANK=0 WORLD_SIZE=0', 'RANK is not below WORLD_SIZE'),
+    ('RANK=0 WORLD_SIZE=1', 'MASTER_ADDR'),
+    ('RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1', 'MASTER_PORT'),
+    ('RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=99999', 'MASTER_PORT=99999'),
+    ('RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=TAKEN', 'give --master_port another number'),
+])
+def test_wrong_ranks_and_ports_are_one_line(tmp_path, monkeypatch, capsys, settings, says):
+    with socket.create_server(('', 0)) as server:
+        for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+            monkeypatch.delenv(name, raising=False)
+        for setting in settings.replace('TAKEN', str(server.getsockname()[1])).split():
+            monkeypatch.setenv(*setting.split('='))
+        line = last_words(capsys, [*SMALL, '--out', str(tmp_path)])
+    assert line.startswith('train.py: the processes cannot meet') and re.search(says, line), line
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gpu_without_bfloat16_is_named(tmp_path, monkeypatch, capsys):
+    ones = torch.ones
+    monkeypatch.setattr(torch, 'ones', lambda *size, device, dtype: ones(*size, dtype=dtype))  # a stand-in for a GPU
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda emulated: False)
+    line = last_words(capsys, [*SMALL, '--out', str(tmp_path), '--device', 'cuda', '--dtype', 'bfloat16'])
+    assert line == ('train.py: --device cuda is not usable here (it has no bfloat16: give --dtype float32): try --device cpu')
