@@ -14,6 +14,7 @@ EXAMPLES = {
     'gsm8k': {'question': 'How many?', 'answer': 18.0}, 'math': {'question': 'What?', 'answer': '\\frac{1}{2}'},
     'countdown': {'question': 'Numbers: [3, 4, 5]\nTarget: 17', 'answer': [[3, 4, 5], 17]},
     'sudoku': {'question': 'Puzzle: 4320004330100004', 'answer': '4321124334122134'},
+    'code': {'question': 'f', 'answer': {'tests': ['assert f(1) == 2', 'assert f(2) == 4'], 'entry_point': 'f', 'setup': ''}},
 }
 PIECES = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\\boxed{', '}', '{', '<|eot_id|>', '<|endoftext|>', '\\frac', '\\text{',
           '(', ')', '**', '//', '/0', '-', '1,200', '.', '9' * 500, '1e400', 'nan', '\0', '\ud800', '٣', '²', '\n', ' ', '=', '```', '$', '%']
@@ -22,6 +23,9 @@ PIECES = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\\boxed{', '}
 def completions(task, n, rng):
     """Yield n texts: real LLaDA completions of the task, where they are at hand, and made-up ones, cut, spliced and repeated."""
     seeds = [f'<reasoning>\nsteps\n</reasoning>\n<answer>\n{a}\n</answer>' for a in ('18', '\\boxed{1/2}', '3 * 4 + 5', '4321124334122134')]
+    if task == 'code':
+        seeds = [seeds[0].replace('18', f'```python\n{code}\n```') for code in ('def f(x):\n    return 2 * x', 'f = lambda x: x + x',
+                 'def f(x):\n    y = 0\n    while y < 2 * x:\n        y += 1\n    return y')]
     for path in sorted(GENERATIONS.glob(f'{task}*_0_generations.json')):
         seeds += [item['generations'] for item in json.loads(path.read_text())['generations']]
     for i in range(n):
@@ -42,7 +46,8 @@ def main(n=10_000):
             start = time.perf_counter()
             reward, verdict = TASKS[task].reward(text, example), TASKS[task].correct(text, example)
             seconds = time.perf_counter() - start
-            assert isinstance(reward, float) and isinstance(verdict, (bool, float)) and seconds < 1, repr(text[:200])
+            assert isinstance(reward, float) and isinstance(verdict, (bool, float)), repr(text[:200])
+            assert seconds < (3 if task == 'code' else 1), repr(text[:200])  # code may run for 2 seconds
             slowest, longest, total = max(slowest, seconds), max(longest, len(text)), total + seconds
         print(f'{task}: {n} completions of up to {longest} characters, no exception, slowest {slowest * 1000:.1f} ms, '
               f'mean {total / n * 1e6:.0f} us')

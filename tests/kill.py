@@ -68,7 +68,7 @@ def attempt(out, kind, rng, seconds):
     """One start that may be killed: the stage in which it was, 'write', or None if it came to its end."""
     read, pipe = os.pipe()
     os.set_blocking(read, False)
-    child = start(out, rng.randrange(1, 20) if kind == 'write' else None, pipe)
+    child = start(out, rng.randrange(1, 15) if kind == 'write' else None, pipe)
     os.close(pipe)
     stage, deadline = None, None
     while True:
@@ -103,7 +103,7 @@ def content(out):
                 data = [{k: v for k, v in json.loads(line).items() if 'seconds' not in k} for line in data.splitlines()]
             elif name.endswith('.pt'):
                 data = torch.load(path, weights_only=True)
-                data = [(where, value.tolist() if torch.is_tensor(value) else value) for where, value in leaves(data) if 'sizes' not in where]  # of the logs: timings have lengths, too
+                data = [(where, value.numpy().tobytes() if torch.is_tensor(value) else value) for where, value in leaves(data) if 'sizes' not in where]  # of the logs: timings have lengths, too
             elif name == 'config.json' and folder.endswith('run'):
                 data = {k: v for k, v in json.loads(data).items() if k not in ('out', 'resume')}
             if name != 'curves.png':
@@ -139,7 +139,8 @@ def main(n=20):
             out, rounds, ended, passed = os.path.join(top, str(rounds)), rounds + 1, False, 0
             while not ended:
                 wanted = [kind for kind in list(kills)[passed:] if kills[kind] < n]
-                killed = attempt(out, rng.choice(wanted) if wanted else 'none', rng, seconds)
+                kind = wanted[-1 if rng.random() < 0.25 else 0] if wanted else 'none'  # the next stage, now and then a write
+                killed = attempt(out, kind, rng, seconds)
                 ended, passed = killed is None, STAGES.index(killed) if killed in STAGES else passed
                 if killed:
                     kills[killed] += 1

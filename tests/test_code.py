@@ -208,7 +208,7 @@ def test_cheating_and_escaping_score_zero_in_time_and_leave_nothing(name, trap):
         code = code.replace(word, value)
     start = time.monotonic()
     assert run_tests(code, TESTS, timeout=0.5) == 0
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 10, 'timeout + 0.5 on an idle machine; without the limits it would be for ever'
 
 
 def test_the_attempts_would_pass_but_for_what_they_try():
@@ -322,7 +322,7 @@ def test_many_at_once_from_threads(trap):
     start = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         scores = list(pool.map(lambda code: run_tests(code, TESTS, timeout=1.5), codes))
-    assert scores == [1, 0, 0, 0] * 4 and time.monotonic() - start < 8
+    assert scores == [1, 0, 0, 0] * 4 and time.monotonic() - start < 30
     assert threading.active_count() < 20
 
 
