@@ -806,7 +806,7 @@ def run(argv=None):
             join_processes()
         main(argv)
     except (ValueError, OSError) as e:
-        time.sleep(3 * (rank() > 0))  # when process 0 says it too, torchrun ends the others meanwhile: one line, not eight
+        time.sleep(10 * (rank() > 0))  # when process 0 says it too, torchrun ends the others meanwhile: one line, not eight
         hint = ': mend that; a run that has begun goes on with --resume' if isinstance(e, OSError) else ''  # a full disk
         sys.exit(print(f'train.py: {e}{hint}', file=sys.stderr) or 2)
     except KeyboardInterrupt:

@@ -18,8 +18,8 @@ from test_train import ROOT, SMALL, rows, weights
 KINDS = {'DDP': ['--lora_rank', '4'], 'FSDP2': []}
 HALF = ['--dtype', 'bfloat16', '--stages', 'grpo', '--grpo_steps', '1', '--num_iterations', '1', '--eval_n', '1',
         '--gradient_checkpointing']
-# 5 test problems one at a time: the two processes evaluate 3 and 2 batches.
-FLAGS = [*SMALL, '--eval_n', '5', '--eval_batch', '1', '--num_prompts', '4', '--num_generations', '4', '--device', 'cpu']
+# 3 test problems one at a time: the two processes evaluate 2 batches and 1.
+FLAGS = [*SMALL, '--eval_lengths', '8', '--eval_batch', '1', '--num_prompts', '4', '--num_generations', '4', '--device', 'cpu']
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
 
 
