@@ -23,7 +23,7 @@ ARCHITECTURE = dict(activation_type='silu', alibi=False, attention_layer_norm=Fa
                     input_emb_norm=False, layer_norm_type='rms', layer_norm_with_affine=True, model_type='llada',
                     rope=True, rope_full_precision=True, scale_logits=False, weight_tying=False,
                     attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)
-LOGITS_AT_ONCE = 2 ** 25  # float32 logits held at a time when only log-probs are wanted: 128 MB
+LOGITS_AT_ONCE = 2 ** 26  # float32 logits held when only log-probs are wanted: 256 MB; above it the backward pass makes them again
 
 
 @dataclass
