@@ -74,32 +74,33 @@ def denoise(model, prompt_ids, gen_length=256, block_length=32, steps=128, tempe
 
     for first in range(P, P + gen_length, block_length):
         block = slice(first, first + block_length)
-        row_mask = None if seen is None else seen[rows]
+        live, row_mask = rows, None if seen is None else seen[rows]  # live: the rows with masks in this block
         copies = 2 if cfg_scale > 0 else 1  # with guidance each row goes in twice, once without its prompt
         kv = model.new_cache(copies * len(rows), ids.size(1)) if cache else None
         counts = commit_counts(block_length, steps * block_length // gen_length)
-        step, left = 0, block_length  # left: masks in each row's block, the same for all rows unless threshold
+        step, left = 0, block_length  # left: the most masks in a live row's block
         while left:
-            masked = ids[rows, block] == config.mask_id  # (R, block_length)
-            if not threshold:
-                columns = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
-            else:
-                columns = torch.arange(block_length, device=device).expand(len(rows), -1)
+            masked = ids[live, block] == config.mask_id  # (R, block_length)
+            columns = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
             # with a cache, only its first step (and every refresh) sees more than the block
             whole = kv is None or step == 0 or (refresh and step % refresh == 0)
             start = 0 if whole else first
-            logits = predict(model, ids[rows], P, slice(None) if whole else block, row_mask,
+            logits = predict(model, ids[live], P, slice(None) if whole else block, row_mask,
                              columns + first - start, kv, start, cfg_scale)  # (R, left, V)
             tokens, sure = choose(logits, config.mask_id, temperature, remasking, generator)
+            here = (live[:, None], first + columns)
             if not threshold:
                 commit = torch.zeros_like(sure, dtype=torch.bool)
                 commit.scatter_(1, sure.topk(counts[step]).indices, True)
                 left -= counts[step]
             else:
+                masked = masked.gather(1, columns)
                 sure = sure.masked_fill(~masked, -1)
-                commit = ((sure >= threshold) & masked).scatter_(1, sure.argmax(1, keepdim=True), True) & masked
-                left = int((masked & ~commit).sum(1).max())
-            here = (rows[:, None], first + columns)
+                commit = (sure >= threshold).scatter_(1, sure.argmax(1, keepdim=True), True)
+                masks = (masked & ~commit).sum(1)
+                left, going = int(masks.max()), masks > 0  # rows that have filled their block wait for the others
+                live, row_mask = live[going], None if row_mask is None else row_mask[going]
+                kv = kv and [(k[going.repeat(copies)], v[going.repeat(copies)]) for k, v in kv]
             ids[here] = torch.where(commit, tokens, ids[here])
             step += 1
             yield ids

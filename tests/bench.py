@@ -222,7 +222,7 @@ def nano_table(folders, n, length, thresholds):
     from model import load
     from sample import generate
     from sft import pad
-    print('| run | mode | seconds | speed-up | forwards | fewer | tokens a step | accuracy % [95 %] | reward +- 95 % |\n' + '| --- ' * 9 + '|')
+    print('| run | mode | seconds | speed-up | forwards a text | fewer | tokens a step | accuracy % [95 %] | reward +- 95 % |\n' + '| --- ' * 9 + '|')
     for folder in folders:
         with open(os.path.join(folder, 'config.json')) as f:
             config = json.load(f)
@@ -234,7 +234,7 @@ def nano_table(folders, n, length, thresholds):
         for t in thresholds:
             modes |= {f'threshold {t}': dict(threshold=t), f'cache, threshold {t}': dict(cache=True, threshold=t)}
         calls, base = [], None
-        model.wte.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.wte.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
         for mode, knobs in modes.items():
             calls.clear()
             seconds, graded, tokens = 0, [], 0
@@ -247,14 +247,14 @@ def nano_table(folders, n, length, thresholds):
                 mask = completion_mask(completion_ids, model.config.end_ids)
                 texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
                 graded += train.grades(args.task, texts, [example for _, example in batch])
-                # a batch goes on until its longest completion has ended: so many tokens a row in that many forwards
-                last = int(mask.sum(1).max())
-                tokens += min(length, -(-last // args.block_length) * args.block_length)
+                # a row stops behind the block in which it has ended
+                tokens += int((-(-mask.sum(1) // args.block_length) * args.block_length).sum())
             s = rewards.summary([dict(effective_tokens=0, **grade) for grade in graded])
             spread = 1.96 * statistics.stdev(g['reward'] for g in graded) / n ** 0.5
-            base = base if mode != 'exact' else (seconds, len(calls))
-            print(f'| {os.path.basename(folder.rstrip("/"))} | {mode} | {seconds:.2f} | {base[0] / seconds:.2f} | {len(calls)} | '
-                  f'{base[1] / len(calls):.2f} | {tokens / len(calls):.2f} | {100 * s["accuracy"]:.1f} [{100 * s["low"]:.1f}, '
+            forwards = sum(calls) / n  # a sequence's
+            base = base if mode != 'exact' else (seconds, forwards)
+            print(f'| {os.path.basename(folder.rstrip("/"))} | {mode} | {seconds:.2f} | {base[0] / seconds:.2f} | {forwards:.1f} | '
+                  f'{base[1] / forwards:.2f} | {tokens / n / forwards:.2f} | {100 * s["accuracy"]:.1f} [{100 * s["low"]:.1f}, '
                   f'{100 * s["high"]:.1f}] | {s["reward"]:.3f} +- {spread:.3f} |', flush=True)
 
 

@@ -40,7 +40,7 @@ def test_table_of_a_trained_model(tmp_path, monkeypatch, capsys):
     bench.main()
     rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1] for row in rows] == ['exact', 'cache', 'threshold 0.5', 'cache, threshold 0.5', 'threshold 1.0', 'cache, threshold 1.0']
-    assert [row[4] for row in rows[:2] + rows[4:]] == ['8', '8', '16', '16'], 'a new model is never sure'
+    assert [row[4] for row in rows[:2] + rows[4:]] == ['8.0', '8.0', '16.0', '16.0'], 'a new model is never sure'
 
 
 def test_one_command_prints_the_table():

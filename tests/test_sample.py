@@ -268,6 +268,20 @@ def test_threshold_commits_what_passes_and_always_one():
     assert len(numbers) > 2, 'a threshold that always does the same would prove nothing'
 
 
+@pytest.mark.parametrize('knobs', [{}, dict(cache=True), dict(cache=True, cfg_scale=1.5), dict(cache=True, refresh=2)])
+def test_threshold_drops_rows_with_a_filled_block_and_changes_nothing_for_the_others(knobs):
+    model, sizes = bias(tiny(), NEVER), []
+    model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    prompt_ids, attention_mask = left_pad([tokens(n, seed=n) for n in (5, 8, 3, 7, 6)])
+    keys = dict(gen_length=16, block_length=8, steps=8, threshold=0.15, **knobs)
+    together = generate(model, prompt_ids, attention_mask=attention_mask, **keys)
+    assert len(set(sizes)) > 2, f'rows must fill their block at different steps: {sizes}'
+    rows = sum(sizes)
+    sizes.clear()
+    alone = [generate(model, ids[None], attention_mask=real[None], **keys) for ids, real in zip(prompt_ids, attention_mask)]
+    assert torch.equal(together, torch.cat(alone)) and sum(sizes) == rows
+
+
 # --- no work that cannot matter ---
 
 def test_head_runs_only_where_tokens_can_be_committed():
