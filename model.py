@@ -23,7 +23,7 @@ ARCHITECTURE = dict(activation_type='silu', alibi=False, attention_layer_norm=Fa
                     input_emb_norm=False, layer_norm_type='rms', layer_norm_with_affine=True, model_type='llada',
                     rope=True, rope_full_precision=True, scale_logits=False, weight_tying=False,
                     attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)
-LOGITS_AT_ONCE = 2 ** 26  # float32 logits held when only log-probs are wanted: 256 MB; above it the backward pass makes them again
+LOGITS_AT_ONCE = 2 ** 26  # logits held when only log-probs are wanted: 256 MB in float32; more are made again in the backward pass
 
 
 @dataclass
@@ -141,6 +141,51 @@ class Block(nn.Module):
         return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, T, nh*hs) -> (B, nh, T, hs)
 
 
+class ChunkedLogps(torch.autograd.Function):
+    """log p(targets) (N,), float32, of hidden states h (N, d) under an LM head's weight (V, d).
+
+    Logits exist a chunk of rows at a time, all chunks in one buffer (fresh memory costs more than the softmax), and
+    are made again in the backward pass unless one chunk holds them all: memory does not grow with N x V.
+    """
+
+    @staticmethod
+    def chunks(h, weight, targets):
+        """For every chunk: its rows, exp(logits - their largest), the sums of those, and log p(targets) (n, 1)."""
+        n = max(1, LOGITS_AT_ONCE // len(weight))
+        buffer = h.new_empty(min(n, len(h)), len(weight))
+        for first in range(0, len(h), n):
+            rows = slice(first, min(first + n, len(h)))
+            logits = torch.mm(h[rows], weight.T, out=buffer[:rows.stop - first]).float()
+            top = logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, targets[rows, None]) - top
+            exps = logits.sub_(top).exp_()
+            sums = exps.sum(1, keepdim=True)
+            yield rows, exps, sums, chosen - sums.log()
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):
+        ctx.save_for_backward(h, weight, targets)
+        logps = h.new_empty(len(h), 1, dtype=torch.float32)
+        for rows, exps, sums, some in ChunkedLogps.chunks(h, weight, targets):
+            logps[rows] = some
+        ctx.only_chunk = [(rows, exps, sums, some)] if rows == slice(0, len(h)) else None
+        return logps[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        h, weight, targets = ctx.saved_tensors
+        h_grad = torch.empty_like(h)
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows, exps, sums, _ in ctx.only_chunk or ChunkedLogps.chunks(h, weight, targets):
+            g = grad[rows, None]
+            logits_grad = exps.mul_(-g / sums).scatter_add_(1, targets[rows, None], g).to(h.dtype)  # g (one-hot - softmax)
+            torch.mm(logits_grad, weight, out=h_grad[rows])
+            if weight_grad is not None:
+                weight_grad.addmm_(logits_grad.T, h[rows])
+        return h_grad, weight_grad, None
+
+
 class LLaDA(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -164,7 +209,9 @@ class LLaDA(nn.Module):
         cache, start: see new_cache.
         """
         h = self.hidden(ids, attention_mask, at, cache, start)
-        return self.ff_out(h) if targets is None else self.logps(h, targets)
+        if targets is None:
+            return self.ff_out(h)
+        return ChunkedLogps.apply(h.flatten(0, 1), self.ff_out.weight.to(h.dtype), targets.flatten()).view(targets.shape)
 
     def hidden(self, ids, attention_mask=None, at=None, cache=None, start=0):
         """The normed hidden states (B, n, d) under the LM head; arguments as in forward."""
@@ -182,19 +229,6 @@ class LLaDA(nn.Module):
             else:
                 x = block(x, cos, sin, mask, last, kv)
         return self.ln_f(x)
-
-    def logps(self, h, targets):
-        """log p(targets) (B, n), float32, of hidden states h (B, n, d): logits exist a chunk at a time,
-        and are made again in the backward pass, so memory does not grow with n x V."""
-        def chunk_logps(h, targets):
-            return -F.cross_entropy(self.ff_out(h).float(), targets, reduction='none')
-        rows = max(1, LOGITS_AT_ONCE // self.config.embedding_size)
-        pairs = list(zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows)))
-        if len(pairs) > 1 and torch.is_grad_enabled():
-            parts = [checkpoint(chunk_logps, *pair, use_reentrant=False) for pair in pairs]
-        else:
-            parts = [chunk_logps(*pair) for pair in pairs]
-        return torch.cat(parts).view(targets.shape)
 
     def new_cache(self, B, T):
         """Room for the keys and values of T positions: [(keys, values)] of (B, nh, T, hs), one a layer.

@@ -120,10 +120,17 @@ def test_target_logps_and_gradients_equal_the_plain_softmax(monkeypatch, at_once
 
 def test_logits_for_targets_exist_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 3 * V)
-    model, sizes = tiny(), []
-    model.ff_out.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    model, sizes, chunks = tiny(), [], model_module.ChunkedLogps.chunks
+    def spied(*tensors):
+        for chunk in chunks(*tensors):
+            sizes.append(len(chunk[1]))
+            yield chunk
+    monkeypatch.setattr(model_module.ChunkedLogps, 'chunks', spied)
     model(tokens(2, 5), targets=tokens(2, 5)).sum().backward()
-    assert sorted(sizes) == [1, 1, 3, 3, 3, 3, 3, 3], 'four chunks of at most 3, each made again in the backward pass'
+    assert sizes == [3, 3, 3, 1] * 2, 'four chunks of at most 3, each made again in the backward pass'
+    sizes.clear()
+    model(tokens(1, 3), targets=tokens(1, 3)).sum().backward()
+    assert sizes == [3], 'a single chunk is kept'
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -38,8 +38,9 @@ def bias(model, amounts):
 def says(logits, **keys):
     """A model that gives the same logits (V,) everywhere."""
     model = tiny(embedding_size=len(logits), **keys)
-    model.ff_out.weight.data.zero_()
-    return bias(model, dict(enumerate(logits)))
+    model.ff_out.weight.data[:] = torch.tensor(logits)[:, None]
+    model.ln_f.register_forward_hook(lambda module, inputs, h: torch.full_like(h, 1 / h.size(-1)))
+    return model
 
 
 def tokens(*shape, seed=0, low=2, high=V):
