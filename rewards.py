@@ -619,12 +619,15 @@ def draw_sudoku(rng):
 
 
 def draw_code(rng):
-    a, b, x = rng.randint(1, 5), rng.randint(0, 25), rng.randint(3, 12)
-    tests = [f'assert f({i})=={a * i + b}' for i in rng.choice([(1, 2, x), (x, 1, 2)])]
+    a, b, p = rng.randint(1, 6), rng.randint(0, 40), rng.randint(0, 2)
+    at = lambda x: a * x + b
+    x = rng.choice([x for x in range(10) if x not in (p, p + 1)])
+    tests = [f'assert f({i})=={at(i)}' for i in rng.choice([(p, p + 1, x), (x, p, p + 1)])]
+    back = ''.join(f'-{a}={at(i)}' for i in reversed(range(p)))  # from f(p) down to f(0) = b
     return f'code {a} {b}', b < 6, dict(
         question='\n'.join(tests), answer=dict(tests=tests, entry_point='f', setup=''),
-        solution=f'{2 * a + b}-{a + b}={a}\n{a + b}-{a}={b}', reply=f'def f(x): return {a}*x+{b}',
-        wrong=f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 25)}')
+        solution=f'{at(p + 1)}-{at(p)}={a}\n{at(p)}{back}', reply=f'def f(x): return {a}*x+{b}',
+        wrong=f'def f(x): return {rng.randint(1, 6)}*x+{rng.randint(0, 40)}')
 
 
 def tagged(thought, reply):

@@ -112,7 +112,7 @@ FLAGS = [
 # Settings that one task has of its own, and the nano model on real text, which is longer.
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
 TASK_PRESETS = {
-    'nano': {'code': dict(base_steps=1500)},
+    'nano': {},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
