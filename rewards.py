@@ -211,21 +211,14 @@ def code_of(completion):
     """Return the program in a completion: what the answer tags hold, else the last fenced block, else ''."""
     text = visible(completion)
     tagged = between_tags(text)
-    text = text if tagged is None else tagged
-    _, fence, block = text.rstrip().removesuffix('```').rpartition('```') if '```' in text else ('', '', '')
+    _, fence, block = (text if tagged is None else tagged).rstrip().removesuffix('```').rpartition('```')
     return re.sub(r'\A[a-z0-9]*[ \r]*\n', '', block) if fence else tagged or ''
 
 
-@lru_cache(maxsize=1024)  # reward and verdict of one completion share a run
-def share_passed(code, tests, entry_point, setup):
-    """Return the share of unit tests that the program passes, 0 to 1; it may use what the set-up code defines."""
-    return run_tests(f'{setup}\n{code}', list(tests), entry_point, setup) if code.strip() else 0.0
-
-
 def tests_passed(completion, example):
-    """Return the share of an example's unit tests that a completion passes, 0 to 1."""
-    answer = example['answer']
-    return share_passed(code_of(completion), tuple(answer['tests']), answer['entry_point'], answer['setup'])
+    """Return the share of an example's unit tests that a completion passes, 0 to 1; it may use the set-up code."""
+    code, (tests, entry_point, setup) = code_of(completion), map(example['answer'].get, ('tests', 'entry_point', 'setup'))
+    return run_tests_once(f'{setup}\n{code}', tuple(tests), entry_point, setup) if code.strip() else 0.0
 
 
 def code_reward(completion, example):
@@ -242,38 +235,30 @@ def code_reward(completion, example):
 MAX_CODE = 100_000  # characters; a longer completion scores 0 unread
 
 CHILD = r'''
-import builtins, io, marshal, os, resource, sys, time
+import builtins, io, json, marshal, os, resource, sys, time
 from _signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal  # the module signal would import enum: 3 ms
 
-ATOMS = (('n', type(None), lambda x: '', lambda s: None), ('b', bool, lambda x: '1' * x, bool),
-         ('i', int, lambda x: f'{int(x):x}', lambda s: int(s, 16)),  # hex: linear time, and no limit of digits
-         ('f', float, float.hex, float.fromhex),  # nan and inf too
-         ('c', complex, lambda x: f'{x.real.hex()},{x.imag.hex()}',
-          lambda s: complex(*map(float.fromhex, s.split(',')))),
-         ('s', str, lambda x: str.encode(x, 'utf-8', 'surrogatepass').hex(),
-          lambda s: bytes.fromhex(s).decode('utf-8', 'surrogatepass')), ('y', bytes, bytes.hex, bytes.fromhex))
-BOXES = {'l': list, 't': tuple, 'z': frozenset, 'e': set, 'd': dict}
+# Values cross as a line of JSON. What JSON lacks is {"name of the type": parts}; subclasses arrive as their base.
+MAKE = dict(tuple=tuple, set=set, frozenset=frozenset, dict=dict, bytes=bytes.fromhex,
+            complex=lambda parts: complex(*parts), int=lambda digits: int(digits, 16))
 
-def pack(x):  # a word per value: its kind and its text, or a container's length; subclasses are rebuilt as their base
-    for kind, base, write, _ in ATOMS:
-        if isinstance(x, base): return kind + write(x)
-    for kind, base in BOXES.items():
-        if isinstance(x, base):
-            items = [y for pair in x.items() for y in pair] if base is dict else list(x)
-            return ' '.join([f'{kind}{len(items)}', *map(pack, items)])
+def plain(x):
+    if x is None or isinstance(x, (bool, float, str)): return x
+    if isinstance(x, int): return x if x.bit_length() < 65 else {'int': f'{int(x):x}'}  # hex has no limit of digits
+    if isinstance(x, list): return [plain(y) for y in x]
+    if isinstance(x, bytes): return {'bytes': x.hex()}
+    if isinstance(x, complex): return {'complex': [x.real, x.imag]}
+    for kind in (tuple, set, frozenset, dict):
+        if isinstance(x, kind): return {kind.__name__: plain(list(x.items() if kind is dict else x))}
     raise TypeError(f'{type(x).__name__} is not plain data')
 
-def unpack(words, depth=0):  # raises on whatever pack does not write; a length that lies ends with the words
-    word = next(words)
-    if word[:1] not in BOXES: return {kind: read for kind, _, _, read in ATOMS}[word[:1]](word[1:])
-    items = [unpack(words, depth + 1) for _ in range(int(word[1:]) if depth < 100 else 1 / 0)]
-    return dict(zip(items[::2], items[1::2])) if word[0] == 'd' else BOXES[word[0]](items)
+def pack(*values): return json.dumps(plain(values), ensure_ascii=False).encode('utf-8', 'surrogatepass') + b'\n'
 
-def tell(file, message): file.write(message.encode() + b' \n'), file.flush()
+def made(parts):  # of an object with one key; anything that plain does not write raises
+    [(kind, items)] = parts.items()
+    return MAKE[kind](items)
 
-def hear(file):  # one line; a longer one than 16 MB, or one cut short, is no message
-    *words, end = file.readline(1 << 24).decode().split(' ')
-    return unpack(iter(words)) if end == '\n' else sys.exit(1)
+def hear(file): return json.loads(file.readline(1 << 24), object_hook=made)  # a line that 16 MB cut short is no JSON
 
 def seccomp():  # Linux on x86-64: the kernel lets this process compute and read files; all else kills it
     if not (sys.platform == 'linux' and os.uname().machine == 'x86_64' and sys.maxsize > 1 << 32): return
@@ -281,16 +266,16 @@ def seccomp():  # Linux on x86-64: the kernel lets this process compute and read
     LOAD, EQUAL, FROM, ANY, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of the filter, 8 bytes each
     KILL, ALLOW, ENOSYS = 0x80000000, 0x7FFF0000, 0x50026
     op = lambda code, k, yes=0, no=0: (code | yes << 16 | no << 24 | k << 32).to_bytes(8, 'little')
-    rules = [op(LOAD, 4), op(EQUAL, 0xC000003E, 1), op(RETURN, KILL), op(LOAD, 0)]  # 64-bit only; the call's number
-    rules += op(FROM, 332, 0, 1), op(RETURN, ENOSYS)  # younger calls have older ones that the C library falls back on
-    for n in (16, 72, 157, 291): rules += op(EQUAL, n, 0, 1), op(RETURN, ENOSYS)  # ioctl fcntl prctl epoll
-    for n in (0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 17, 21, 24, 25, 28, 39, 60, 63, 79, 89,  # read .. readlink
-              186, 23, 270, 35, 96, 201, 228, 229, 230, 97, 98, 99, 100, 102, 104, 107, 108, 110,  # clocks, getuid
-              202, 204, 217, 231, 262, 267, 269, 318):  # futex, affinity, getdents, exit, fstatat .. getrandom
-        rules += op(EQUAL, n, 0, 1), op(RETURN, ALLOW)
+    rules = op(LOAD, 4) + op(EQUAL, 0xC000003E, 1) + op(RETURN, KILL) + op(LOAD, 0)  # 64-bit only; the call's number
+    rules += op(FROM, 332, 0, 1) + op(RETURN, ENOSYS)  # younger calls have older ones that the C library falls back on
+    for action, calls in ((ENOSYS, (16, 72, 157, 291)),  # ioctl fcntl prctl epoll
+            (ALLOW, (0, 1, *range(3, 13), 15, 17, 21, 24, 25, 28, 39, 60, 63, 79, 89,  # read .. readlink
+                     186, 23, 270, 35, 96, 201, 228, 229, 230, 97, 98, 99, 100, 102, 104, 107, 108, 110,  # clocks, getuid
+                     202, 204, 217, 231, 262, 267, 269, 318))):  # futex, affinity, getdents, exit, fstatat .. getrandom
+        for n in calls: rules += op(EQUAL, n, 0, 1) + op(RETURN, action)
     for n, flags in ((257, 32), (2, 24)):  # openat and open, but not with O_WRONLY, O_RDWR, O_CREAT or O_TRUNC
-        rules += op(EQUAL, n, 0, 4), op(LOAD, flags), op(ANY, 0o1103, 1), op(RETURN, ALLOW), op(RETURN, KILL)
-    rules, prctl = ctypes.create_string_buffer(b''.join(rules) + op(RETURN, KILL)), ctypes.CDLL(None).prctl
+        rules += op(EQUAL, n, 0, 4) + op(LOAD, flags) + op(ANY, 0o1103, 1) + op(RETURN, ALLOW) + op(RETURN, KILL)
+    rules, prctl = ctypes.create_string_buffer(rules + op(RETURN, KILL)), ctypes.CDLL(None).prctl
     prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP; a kernel that refuses is not insisted on
     prctl(22, 2, (len(rules) // 8).to_bytes(8, 'little') + ctypes.addressof(rules).to_bytes(8, 'little'))
 
@@ -318,19 +303,20 @@ def untrusted(code, seconds, calls, replies):
     try: seccomp()
     except (ImportError, OSError, AttributeError): pass  # an interpreter without ctypes, a C library without prctl
     for name in [name for name in sys.modules if 'ctypes' in name]: del sys.modules[name]
-    module = sys.modules['solution'] = type(sys)('solution')
     sys.modules['readline'] = None  # doctest and pdb do without it; it handles signals and files behind the hook's back
-    vars(module)[''] = lambda nonce: nonce  # called last: has it ended, or answered unasked?
+    sys.modules['solution'] = module = type(sys)('solution')
+    names = vars(module)
+    names[''] = lambda nonce: nonce  # called last: has it ended, or answered unasked?
     audit()
-    exec(compile(code, '<completion>', 'exec'), vars(module))
+    exec(compile(code, '<completion>', 'exec'), names)
     while True:
         name, args, kwargs = hear(calls)
         try:
-            if name not in vars(module): raise NameError(name)
-            reply = pack(('', vars(module)[name](*args, **kwargs)))
+            if name not in names: raise NameError(name)
+            reply = pack('', names[name](*args, **kwargs))
         except Exception as e:
-            reply = pack((next(t.__name__ for t in type(e).__mro__ if t.__module__ == 'builtins'), str(e)))
-        tell(replies, reply)
+            reply = pack(next(t.__name__ for t in type(e).__mro__ if t.__module__ == 'builtins'), str(e))
+        replies.write(reply), replies.flush()
 
 def main():
     source = io.BufferedReader(io.FileIO(os.dup(0)), 1)  # a buffer of 1 byte never reads ahead into the tests
@@ -347,24 +333,24 @@ def main():
         finally: os._exit(1)
     os.close(a), os.close(d)
     calls, replies = open(b, 'wb'), open(c, 'rb')
+    errors = {name: e for name, e in vars(builtins).items() if isinstance(e, type) and issubclass(e, Exception)}
 
     def finish(*_):  # all tests done, or the alarm: tests that did not get their turn count as failed
         setitimer(ITIMER_REAL, 0)
         os.kill(child, SIGKILL), os.waitpid(child, 0), os._exit(0)
 
-    errors = {name: e for name, e in vars(builtins).items() if isinstance(e, type) and issubclass(e, Exception)}
-    def proxy(name):
-        def call(*args, **kwargs):
-            message = pack((name, args, kwargs))
-            try:
-                tell(calls, message)
-                error, value = hear(replies)
-            except BaseException:  # it ended, was killed or wrote garbage: the tests passed before are void too
-                os.write(verdicts, b'!'), finish()
-            if error == '': return value
-            kind = errors.get(error, RuntimeError)
-            raise kind.__new__(kind, value)
-        return call
+    def call(name, args, kwargs):
+        message = pack(name, args, kwargs)
+        try:
+            calls.write(message), calls.flush()
+            error, value = hear(replies)
+        except BaseException:  # it ended, was killed or wrote garbage: the tests passed before are void too
+            os.write(verdicts, b'!'), finish()
+        if error == '': return value
+        kind = errors.get(error, RuntimeError)
+        raise kind.__new__(kind, value)
+
+    def proxy(name): return lambda *args, **kwargs: call(name, args, kwargs)
 
     class Names(dict):  # a name that neither setup nor test nor builtins define is a function of the completion
         def __missing__(self, name):
@@ -379,11 +365,10 @@ def main():
         exec(setup, names)
         if entry_point: names[entry_point] = proxy(entry_point)
         for test in tests:
-            try: exec(test, Names(names)); passed = b'1'
-            except BaseException: passed = b'0'
-            os.write(verdicts, passed)
+            try: exec(test, Names(names)), os.write(verdicts, b'1')
+            except BaseException: pass
         nonce = os.urandom(8)
-        assert proxy('')(nonce) == nonce
+        assert call('', [nonce], {}) == nonce
     except BaseException: os.write(verdicts, b'!')
     finally: finish()
 
@@ -411,15 +396,17 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
             [sys.executable, '-S', '-B', '-W', 'ignore', '-c', CHILD], cwd=folder,
             env={'PYTHONHASHSEED': '0', 'HOME': '/'}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, start_new_session=True) as child:
-        try:
-            verdicts = child.communicate(message, timeout + 0.3)[0]
-        except subprocess.TimeoutExpired:
-            verdicts = b'!'
+        verdicts = b'!'  # unless it answers in time
+        try: verdicts = child.communicate(message, timeout + 0.3)[0]
+        except subprocess.TimeoutExpired: pass
         finally:
             if child.returncode != 0:  # it did not get to kill and reap the completion's process itself
                 try: os.killpg(child.pid, signal.SIGKILL)
                 except (ProcessLookupError, PermissionError): pass
     return 0.0 if b'!' in verdicts else verdicts.count(b'1') / len(tests)
+
+
+run_tests_once = lru_cache(maxsize=1024)(run_tests)  # reward and verdict of one completion share a run
 
 
 # --- rows of real data sets ---
