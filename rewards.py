@@ -8,7 +8,6 @@ A Task is plain strings and functions. An example is a dict with 'question', 'an
 import ast
 import gzip
 import json
-import marshal
 import operator
 import os
 import re
@@ -24,20 +23,18 @@ from functools import cache, lru_cache
 from itertools import permutations
 from typing import Callable, NamedTuple
 
-ENDS = ('<|eot_id|>', '<|endoftext|>')  # a completion is over at the first of these
+END = re.compile(r'<\|eot_id\|>|<\|endoftext\|>')  # a completion is over at the first of these
 TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
 MAX_ANSWER = 1000   # characters; longer answers (code aside) are never right, so the patterns below may be simple
 MAX_EQUATION = 200  # characters; keeps numbers small and nesting far from what crashes a parser
 CODE_FORMAT = 0.5   # what the tags alone earn in the code task, beside up to 1 for the tests
 
 
-# --- reading a completion: str.partition, count and find only, so time is linear in the text ---
+# --- reading a completion: no pattern that could backtrack, so time is linear in the text ---
 
 def visible(completion):
     """Return the part of a decoded completion before its first end token."""
-    for end in ENDS:
-        completion = completion.partition(end)[0]
-    return completion
+    return END.split(completion, maxsplit=1)[0]
 
 
 def between_tags(text):
@@ -50,12 +47,11 @@ def between_tags(text):
 def last_box(text):
     r"""Return what the last \boxed{} holds, braces balanced; None if there is none, if it is empty or never closed."""
     _, found, rest = text.rpartition('\\boxed{')
-    depth = 1 if found else 0
+    depth = 1
     for i, c in enumerate(rest if found else ''):
         depth += (c == '{') - (c == '}')
         if depth == 0:
             return rest[:i].strip() or None
-    return None
 
 
 def boxed_answer(text):
@@ -217,8 +213,10 @@ def code_of(completion):
 
 def tests_passed(completion, example):
     """Return the share of an example's unit tests that a completion passes, 0 to 1; it may use the set-up code."""
-    code, (tests, entry_point, setup) = code_of(completion), map(example['answer'].get, ('tests', 'entry_point', 'setup'))
-    return run_tests_once(f'{setup}\n{code}', tuple(tests), entry_point, setup) if code.strip() else 0.0
+    code, answer = code_of(completion), example['answer']
+    if not code.strip():
+        return 0.0
+    return run_tests_once(f"{answer['setup']}\n{code}", tuple(answer['tests']), answer['entry_point'], answer['setup'])
 
 
 def code_reward(completion, example):
@@ -235,7 +233,7 @@ def code_reward(completion, example):
 MAX_CODE = 100_000  # characters; a longer completion scores 0 unread
 
 CHILD = r'''
-import builtins, io, json, marshal, os, resource, sys, time
+import builtins, json, os, resource, sys, time
 from _signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal  # the module signal would import enum: 3 ms
 
 # Values cross as a line of JSON. What JSON lacks is {"name of the type": parts}; subclasses arrive as their base.
@@ -319,10 +317,10 @@ def untrusted(code, seconds, calls, replies):
         replies.write(reply), replies.flush()
 
 def main():
-    source = io.BufferedReader(io.FileIO(os.dup(0)), 1)  # a buffer of 1 byte never reads ahead into the tests
+    source = open(os.dup(0), 'rb', buffering=0)  # without a buffer nothing is read ahead: the tests come second
     verdicts, null, sys.path = os.dup(1), os.open(os.devnull, os.O_RDWR), [folder for folder in sys.path if folder]
     for fd in (0, 1, 2): os.dup2(null, fd)
-    code, deadline = marshal.load(source)
+    code, deadline = hear(source)
     seconds = max(deadline - time.monotonic(), 1e-3)
     a, b, c, d = *os.pipe(), *os.pipe()
     child = os.fork()
@@ -359,7 +357,7 @@ def main():
 
     signal(SIGALRM, finish), setitimer(ITIMER_REAL, seconds)
     try:
-        tests, setup, entry_point = marshal.load(source)
+        tests, setup, entry_point = json.loads(source.read())
         if 'random' in ' '.join([setup, *tests]): __import__('random').seed(0)
         names = Names(__name__='__main__', __builtins__=builtins)
         exec(setup, names)
@@ -390,7 +388,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
         compile(code, '<completion>', 'exec', dont_inherit=True)
     except Exception:  # SyntaxError, ValueError (NUL), MemoryError and RecursionError (nesting), ...
         return 0.0
-    message = marshal.dumps((code, time.monotonic() + timeout)) + marshal.dumps((list(tests), setup, entry_point))
+    message = '\n'.join(map(json.dumps, [(code, time.monotonic() + timeout), (tests, setup, entry_point)])).encode()
     # Not -I, which would ignore PYTHONHASHSEED: the order of sets, and so the reward, must not change from run to run.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
             [sys.executable, '-S', '-B', '-W', 'ignore', '-c', CHILD], cwd=folder,
@@ -745,7 +743,7 @@ def load_examples(task_name, source=None, split='train'):
     Whatever is wrong with the data is a ValueError in one line, with the line or row where there is one.
     """
     task = TASKS[task_name]
-    sources = task.datasets[0 if split == 'train' else 1]
+    sources = task.datasets[split != 'train']
     if source:
         sources = [source if isinstance(source, tuple) else (source, None, None)]
     if not sources:
@@ -805,21 +803,19 @@ def load_generations(task_name, path):
 def score(task_name, paths):
     """Print accuracy with its interval, mean reward and mean length over all generations in some files."""
     task, items = TASKS[task_name], [item for path in paths for item in load_generations(task_name, path)]
-    n = len(items)
-    if n == 0:
+    if not items:
         raise ValueError(f'{" ".join(paths)}: no generations')
-    shares = [float(task.correct(item['completion'], item)) for item in items]
-    solved = shares.count(1.0)
-    low, high = wilson(solved, n)
-    cells = f'cells {sum(shares) / n:.1%}, solved' if task_name == 'sudoku' else 'accuracy'
-    print(f'{task_name}: {cells} {solved / n:.1%} ({solved} of n = {n}), 95 % interval {low:.1%} to {high:.1%}')
-    reward = sum(task.reward(item['completion'], item) for item in items) / n
-    if all('effective_tokens' in item for item in items):
-        length = f"{sum(item['effective_tokens'] for item in items) / n:.1f} effective tokens"
-    else:
-        words = sum(len(visible(item['completion']).split()) for item in items)
-        length = f'{words / n:.1f} words (effective_tokens is not in the file)'
-    print(f'mean reward {reward:.3f}, mean length {length}')
+    counted = all('effective_tokens' in item for item in items)
+    for item in items:
+        text = item['completion']
+        item.update(reward=task.reward(text, item), correct=task.correct(text, item),
+                    effective_tokens=item['effective_tokens'] if counted else len(visible(text).split()))
+    s = summary(items)
+    name = f"cells {s['share']:.1%}, solved" if task_name == 'sudoku' else 'accuracy'
+    print(f"{task_name}: {name} {s['accuracy']:.1%} ({s['accuracy'] * s['n']:.0f} of n = {s['n']}), "
+          f"95 % interval {s['low']:.1%} to {s['high']:.1%}")
+    unit = 'effective tokens' if counted else 'words (effective_tokens is not in the file)'
+    print(f"mean reward {s['reward']:.3f}, mean length {s['effective_tokens']:.1f} {unit}")
 
 
 if __name__ == '__main__':
