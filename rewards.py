@@ -231,6 +231,7 @@ def code_reward(completion, example):
 # for a determined attacker: use a container. On Linux x86-64 the kernel (seccomp) stands behind the audit hook;
 # elsewhere the hook and the resource limits stand alone.
 MAX_CODE = 100_000  # characters; a longer completion scores 0 unread
+SLOW_TO_COMPILE = r'finally|[{\x80-\U0010ffff]'  # nested finally: exponential time; f-strings and names in Unicode: quadratic
 
 CHILD = r'''
 import builtins, json, os, resource, sys, time
@@ -382,10 +383,13 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     breaks the protocol at any moment gets 0; one that runs out of time keeps the tests it had passed.
     Only functions of plain data can be tested: arguments and results are copies, None to dict, no objects.
     """
-    warnings.filterwarnings('ignore', module='<completion>')  # its SyntaxWarnings are not worth a line on our terminal
+    if not tests or len(code) > MAX_CODE:
+        return 0.0
     try:
-        assert tests and len(code) <= MAX_CODE
-        compile(code, '<completion>', 'exec', dont_inherit=True)
+        code.encode()  # a lone surrogate
+        if not re.search(SLOW_TO_COMPILE, code):
+            warnings.filterwarnings('ignore', module='<completion>')  # not worth a line on our terminal
+            compile(code, '<completion>', 'exec', dont_inherit=True)  # most of what is no code needs no process
     except Exception:  # SyntaxError, ValueError (NUL), MemoryError and RecursionError (nesting), ...
         return 0.0
     message = '\n'.join(map(json.dumps, [(code, time.monotonic() + timeout), (tests, setup, entry_point)])).encode()

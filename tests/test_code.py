@@ -211,6 +211,26 @@ def test_cheating_and_escaping_score_zero_in_time_and_leave_nothing(name, trap):
     assert time.monotonic() - start < 10, 'timeout + 0.5 on an idle machine; without the limits it would be for ever'
 
 
+SLOW_TO_COMPILE = {
+    'nested finally': '\n'.join(f'{" " * i}try:\n{" " * i} f\n{" " * i}finally:' for i in range(25)) + '\n' + ' ' * 25 + 'f',
+    'combining marks': 'a' + '\u0315\u0300' * 45_000, 'f-string': 'x = f"' + '{a}' * 33_000 + '"',
+}
+
+
+@pytest.mark.parametrize('name', SLOW_TO_COMPILE)
+def test_what_compiles_slowly_compiles_under_the_limits_and_not_in_our_process(name, trap):
+    start = time.monotonic()
+    assert run_tests(SLOW_TO_COMPILE[name], TESTS, timeout=0.5) == 0
+    assert time.monotonic() - start < 5, 'timeout + 0.5 on an idle machine; the first would take minutes'
+
+
+@pytest.mark.parametrize('reply', ['["", 2]', '{"tuple": ["", 2]}', '{"tuple": ["exec", "1"]}', '{"tuple": ["", {"eval": "1"}]}', '{"tuple": ["", 1e999]}',
+                                   '{"tuple": ["", {"int": "zz"}]}', '{"tuple": ["", {"dict": [[[], 1]]}]}', '[' * 20_000, '9' * 20_000, '{"tuple": ["", 2'])
+def test_forged_replies_are_worth_nothing(reply):
+    code = f'import os\ndef f(x):\n    for fd in range(3, 64):\n        try: os.write(fd, {reply.encode()!r} + b"\\n")\n        except OSError: pass\n'
+    assert run_tests(code + '    return 0', TESTS, timeout=0.5) == run_tests(code + '    os._exit(0)', TESTS, timeout=0.5) == 0
+
+
 def test_the_attempts_would_pass_but_for_what_they_try():
     assert run_tests(tried('pass'), TESTS) == 1
 
