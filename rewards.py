@@ -147,17 +147,15 @@ def latex_key(latex):
     return key
 
 
-def math_correct(completion, example):
-    """True if the box holds the ground truth (LaTeX), spelling aside; without a box nothing is right (official)."""
-    boxed = boxed_answer(visible(completion)) is not None
-    return boxed and latex_key(final_answer(completion)) == latex_key(example['answer'])
-
-
 def math_reward(completion, example):
-    """0.25 to 3: right 2; format 1, 0.75, 0.5 or 0.25 for answer tags with box, tags, box, neither (FACTS)."""
+    """0.25 to 3: right 2; format 1, 0.75, 0.5 or 0.25 for answer tags with box, tags, box, neither (FACTS).
+
+    The ground truth is LaTeX, compared spelling aside; without a box nothing is right (official).
+    """
     text = visible(completion)
     tags, box = between_tags(text) is not None, boxed_answer(text) is not None
-    return 2.0 * math_correct(text, example) + 0.25 + 0.5 * tags + 0.25 * box
+    right = box and latex_key(final_answer(text)) == latex_key(example['answer'])
+    return 2.0 * right + 0.25 + 0.5 * tags + 0.25 * box
 
 
 # --- countdown ---
@@ -231,11 +229,11 @@ def code_reward(completion, example):
 # for a determined attacker: use a container. On Linux x86-64 the kernel (seccomp) stands behind the audit hook;
 # elsewhere the hook and the resource limits stand alone.
 MAX_CODE = 100_000  # characters; a longer completion scores 0 unread
-SLOW_TO_COMPILE = r'finally|[{\x80-\U0010ffff]'  # nested finally: exponential time; f-strings and names in Unicode: quadratic
+SLOW_TO_COMPILE = r'finally|[{\x80-\U0010ffff]'  # time grows exponentially with nested finally, f-strings: n^2, Unicode: n^2
 
 CHILD = r'''
-import builtins, json, os, resource, sys, time
-from _signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal  # the module signal would import enum: 3 ms
+import builtins, functools, json, os, resource, sys, time
+from signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal
 
 # Values cross as a line of JSON. What JSON lacks is {"name of the type": parts}; subclasses arrive as their base.
 MAKE = dict(tuple=tuple, set=set, frozenset=frozenset, dict=dict, bytes=bytes.fromhex,
@@ -338,7 +336,7 @@ def main():
         setitimer(ITIMER_REAL, 0)
         os.kill(child, SIGKILL), os.waitpid(child, 0), os._exit(0)
 
-    def call(name, args, kwargs):
+    def call(name, /, *args, **kwargs):
         message = pack(name, args, kwargs)
         try:
             calls.write(message), calls.flush()
@@ -349,12 +347,10 @@ def main():
         kind = errors.get(error, RuntimeError)
         raise kind.__new__(kind, value)
 
-    def proxy(name): return lambda *args, **kwargs: call(name, args, kwargs)
-
     class Names(dict):  # a name that neither setup nor test nor builtins define is a function of the completion
         def __missing__(self, name):
             if name.startswith('__') or hasattr(builtins, name): raise KeyError(name)
-            return proxy(name)
+            return functools.partial(call, name)
 
     signal(SIGALRM, finish), setitimer(ITIMER_REAL, seconds)
     try:
@@ -362,12 +358,12 @@ def main():
         if 'random' in ' '.join([setup, *tests]): __import__('random').seed(0)
         names = Names(__name__='__main__', __builtins__=builtins)
         exec(setup, names)
-        if entry_point: names[entry_point] = proxy(entry_point)
+        if entry_point: names[entry_point] = functools.partial(call, entry_point)
         for test in tests:
             try: exec(test, Names(names)), os.write(verdicts, b'1')
             except BaseException: pass
         nonce = os.urandom(8)
-        assert call('', [nonce], {}) == nonce
+        assert call('', nonce) == nonce
     except BaseException: os.write(verdicts, b'!')
     finally: finish()
 
@@ -392,14 +388,14 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
             compile(code, '<completion>', 'exec', dont_inherit=True)  # most of what is no code needs no process
     except Exception:  # SyntaxError, ValueError (NUL), MemoryError and RecursionError (nesting), ...
         return 0.0
-    message = '\n'.join(map(json.dumps, [(code, time.monotonic() + timeout), (tests, setup, entry_point)])).encode()
+    message = json.dumps([code, time.monotonic() + timeout]) + '\n' + json.dumps([tests, setup, entry_point])
     # Not -I, which would ignore PYTHONHASHSEED: the order of sets, and so the reward, must not change from run to run.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
             [sys.executable, '-S', '-B', '-W', 'ignore', '-c', CHILD], cwd=folder,
             env={'PYTHONHASHSEED': '0', 'HOME': '/'}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, start_new_session=True) as child:
         verdicts = b'!'  # unless it answers in time
-        try: verdicts = child.communicate(message, timeout + 0.3)[0]
+        try: verdicts = child.communicate(message.encode(), timeout + 0.3)[0]
         except subprocess.TimeoutExpired: pass
         finally:
             if child.returncode != 0:  # it did not get to kill and reap the completion's process itself
@@ -670,7 +666,7 @@ TASKS = {
                   gsm8k_reward, gsm8k_correct, gsm8k_row,
                   ([('openai/gsm8k', 'main', 'train')], [('openai/gsm8k', 'main', 'test')]), draw_gsm8k, '12'),
     'math': Task(f'Solve this problem. {FORM}one LaTeX expression inside \\boxed{{}}.',
-                 math_reward, math_correct, math_row,
+                 math_reward, lambda *given: math_reward(*given) >= 2.0, math_row,
                  ([('ankner/math-500', None, 'train')], [('ankner/math-500', None, 'test')]), draw_math, '\\boxed{6}'),
     'countdown': Task('Reach the target from the numbers with + - * / and parentheses, taking every number exactly '
                       f'once. {FORM}only the expression, such as (5 - 2) * 7.',
@@ -717,9 +713,7 @@ def read_rows(source, config=None, split=None):
         if not split and kind[1] == 'jsonl':  # datasets would not name a malformed line
             return json_lines(source)
         from datasets import load_dataset
-        if not split:
-            return load_dataset(kind[1], data_files=source, split='train')
-        return load_dataset(source, config, split=split)
+        return load_dataset(source, config, split=split) if split else load_dataset(kind[1], data_files=source)['train']
     except Exception as error:  # datasets and gzip have many kinds; the user gets one line
         hint = 'check the network, or give a local file' if split else 'mend the file'
         line = str(error.__cause__ or error).strip().partition('\n')[0][:200]  # datasets hides what was wrong behind its own
