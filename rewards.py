@@ -228,7 +228,7 @@ def code_reward(completion, example):
 # crosses between the two, and the verdicts go over a pipe that the completion's process never had. This is no sandbox
 # for a determined attacker: use a container. On Linux x86-64 the kernel (seccomp) stands behind the audit hook;
 # elsewhere the hook and the resource limits stand alone.
-MAX_CODE = 100_000       # characters; a longer completion scores 0 unread
+MAX_CODE = 100_000      # characters; a longer completion scores 0 unread
 COMPILED_HERE = 6_000   # characters; to compile more may take seconds, which only the child may spend
 
 CHILD = r'''
