@@ -788,15 +788,13 @@ def table(args, results):
 def curves(run):
     """Draws reward, KL and completion length over the steps of log.jsonl into curves.png, if matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return say('no curves.png: pip install matplotlib to have one')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     with open(run.logs[0]) as f:
         rows = [row for row in map(json.loads, f) if row['stage'] == 'grpo']
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3))
-    for axis, name in zip(axes, ('reward', 'length', 'kl')):
+    figure = Figure(figsize=(12, 3))
+    for axis, name in zip(figure.subplots(1, 3), ('reward', 'length', 'kl')):
         axis.plot([row['step'] for row in rows], [row[name] for row in rows])
         axis.set(title=name, xlabel='outer iteration')
     figure.tight_layout()
