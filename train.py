@@ -216,6 +216,49 @@ def gather(items):
     return [item for part in parts for item in part]
 
 
+def replicated(model):
+    """What averages the gradients of the processes: FSDP2's model itself, else DDP around it; one process needs neither."""
+    return model if world_size() == 1 or isinstance(model, FSDPModule) else DistributedDataParallel(model)
+
+
+def shard(model):
+    """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
+    policy = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)  # the rotary angles stay float32
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def frozen_copy(model):
+    """A copy with all weights in one place, in the dtype that the model computes in; every process takes part."""
+    with torch.device('meta'):
+        copy = LLaDA(model.config)
+    copy.load_state_dict({name: full(tensor).to(model.compute_dtype or tensor.dtype, copy=True)  # one whole at a time
+                          for name, tensor in model.state_dict().items()}, assign=True)
+    return copy.requires_grad_(False).eval()
+
+
+def full(tensor): return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor  # FSDP2 shards tensors
+
+
+def unsharded(model):
+    """The model, or a copy of it that is whole on every process, so that each can sample at its own pace."""
+    return frozen_copy(model) if isinstance(model, FSDPModule) else model
+
+
+def reference_policy(args, model):
+    """A function that gives a context in which there is the reference policy: the model as it is now."""
+    if args.lora_rank or not args.beta:  # without its adapters; with beta 0 nobody asks
+        return lambda: lora_off(model)
+    frozen = frozen_copy(model)
+    if isinstance(model, FSDPModule):
+        shard(frozen)
+    return lambda: contextlib.nullcontext(frozen)
+
+
+# ---- random streams ----
+
 def random_stream(*key):
     """A random.Random that depends on the key only, so that a resumed run, on any number of processes, draws the same."""
     return random.Random(hashlib.sha256(repr(key).encode()).digest())
@@ -337,15 +380,14 @@ def answers(args, model, tokenizer, name, pairs, length, label=None):
 
 def evaluate(args, run, model, tokenizer, tests, stage):
     """{test set: {generation length: scores}} of greedy answers, which are written to the run's folder."""
-    scores = {name: {} for name in tests}
-    with gathered(model):  # once for all: the processes may have different numbers of batches
-        for name, pairs in tests.items():
-            for length in args.eval_lengths:
-                done = answers(args, model, tokenizer, name, pairs, length, f'{stage}: {name}, {length} tokens')
-                metrics = scores[name][str(length)] = rewards.summary(done)
-                write_json(os.path.join(run.folder, f'{stage}_{name}_{length}_generations.json'),
-                           dict(generations=done, metrics=metrics, model_path=args.model, gen_length=length,
-                                diffusion_steps=length // 2, block_length=args.block_length))
+    scores, model = {name: {} for name in tests}, unsharded(model)
+    for name, pairs in tests.items():
+        for length in args.eval_lengths:
+            done = answers(args, model, tokenizer, name, pairs, length, f'{stage}: {name}, {length} tokens')
+            metrics = scores[name][str(length)] = rewards.summary(done)
+            write_json(os.path.join(run.folder, f'{stage}_{name}_{length}_generations.json'),
+                       dict(generations=done, metrics=metrics, model_path=args.model, gen_length=length,
+                            diffusion_steps=length // 2, block_length=args.block_length))
     return scores
 
 
@@ -370,56 +412,6 @@ def grades(name, texts, examples):
     grade = lambda text, example: dict(reward=t.reward(text, example), correct=t.correct(text, example))
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
         return list(pool.map(grade, texts, examples))
-
-
-def replicated(model):
-    """What averages the gradients of the processes: FSDP2's model itself, else DDP around it; one process needs neither."""
-    return model if world_size() == 1 or isinstance(model, FSDPModule) else DistributedDataParallel(model)
-
-
-def shard(model):
-    """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
-    policy = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)  # the rotary angles stay float32
-    for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
-
-
-def whole(tensor): return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor  # FSDP shards tensors
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """Inside, every process holds the whole of a sharded model, so that each can sample at its own pace."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model)
-        part.reshard()
-
-
-def frozen_copy(model):
-    """A copy with all weights in one place, sharded or not as the model is, and in the dtype that it computes in;
-    every process takes part."""
-    with torch.device('meta'):
-        copy = LLaDA(model.config)
-    copy.load_state_dict({name: whole(tensor).to(model.compute_dtype or tensor.dtype, copy=True)  # one whole at a time
-                          for name, tensor in model.state_dict().items()}, assign=True)
-    return copy.requires_grad_(False).eval()
-
-
-def reference_policy(args, model):
-    """A function that gives a context in which there is the reference policy: the model as it is now."""
-    if args.lora_rank or not args.beta:  # without its adapters; with beta 0 nobody asks
-        return lambda: lora_off(model)
-    frozen = frozen_copy(model)
-    if isinstance(model, FSDPModule):
-        shard(frozen)
-    return lambda: contextlib.nullcontext(frozen)
 
 
 # ---- files of a run ----
@@ -471,26 +463,25 @@ def save(path, model, optimizers=(), **progress):
     write(path, buffer.getbuffer())
 
 
-def read_checkpoint(path):
-    """What save wrote, as data: a pickle that would run code is refused."""
+def restore(path, model, optimizers=(), stage=None):
+    """Puts a checkpoint (of this stage, if one is named) into model and optimizers; returns its progress."""
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-        return {name: saved[name] for name in ('weights', 'states', 'progress')}
+        saved = torch.load(path, map_location='cpu', weights_only=True)  # a pickle that would run code is refused
+        weights, states, progress = saved['weights'], saved['states'], saved['progress']
     except Exception as e:  # a cut or foreign file raises whatever it likes
         raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it to begin again at the one before') from None
-
-
-def restore(path, saved, model, optimizers=()):
-    """Puts what read_checkpoint gave into model and optimizers."""
+    if stage and stage != progress['stage']:
+        return progress
     try:
         own = {name for name, p in model.named_parameters() if p.requires_grad}
-        if strangers := saved['weights'].keys() ^ own:
+        if strangers := weights.keys() ^ own:
             raise KeyError(f'{min(strangers)} is not in both')
-        set_state_dict(model, optimizers, model_state_dict=saved['weights'], optim_state_dict=saved['states'],
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=states,
                        options=StateDictOptions(full_state_dict=True, strict=False))
     except (RuntimeError, KeyError, AttributeError) as e:
         line = ' '.join(str(e).split())[:200]
         raise ValueError(f'{path} is no checkpoint of this model and these settings ({line})') from None
+    return progress
 
 
 # ---- training ----
@@ -505,8 +496,9 @@ class Run:
 
     def begin(self, stage, model, optimizers):
         """The step to begin a stage with: 0, or where its checkpoint was written; the logs are cut back to it."""
-        saved = read_checkpoint(self.checkpoint) if os.path.exists(self.checkpoint) else None
-        progress = saved['progress'] if saved else dict(stage='', sizes=[0, 0])
+        progress = dict(stage='', step=0, sizes=[0, 0], bad=0)
+        if os.path.exists(self.checkpoint):
+            progress = restore(self.checkpoint, model, optimizers, stage)
         for path, size in zip(self.logs, progress['sizes']):
             if rank() == 0 and os.path.exists(path):
                 os.truncate(path, size)
@@ -514,7 +506,6 @@ class Run:
         if progress['stage'] != stage:
             return 0
         say(f'going on with {stage} at step {progress["step"]}')
-        restore(self.checkpoint, saved, model, optimizers)
         self.bad = progress['bad']
         return progress['step']
 
@@ -542,7 +533,7 @@ class Run:
 
 def update(model, optimizers, max_grad_norm, run, loss):
     """Clips and steps; a loss (of all processes) or gradient that is not finite skips that. Returns the gradient's norm."""
-    norm = whole(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
+    norm = full(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
     run.bad = 0 if norm.isfinite() and math.isfinite(loss) else run.bad + 1
     if run.bad:
         say(f'an update was skipped: loss {loss}, norm of the gradient {norm.item()}')
@@ -586,19 +577,20 @@ def train_grpo(args, run, model, tokenizer, sources):
     for step in range(start, args.grpo_steps):                                                              # 2
         began, rollouts = time.time(), []
         torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
-        with gathered(model):  # once around all: the processes sample at their own pace
-            for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
-                turn, place = divmod(step * args.num_prompts + k, len(sources))  # the tasks take turns
-                task = sources[place].task
-                prompt_ids, example = sources[place].draw(turn)                                             # 4
-                group = rollout(model, tokenizer, prompt_ids, num_generations=args.num_generations,         # 5
-                                reward=lambda texts: [g['reward'] for g in grades(task, texts, [example] * len(texts))],
-                                generator=torch_stream(device, args.seed, 'rollout', step, k),
-                                gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
-                                temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale,
-                                cache=args.cache, refresh=args.refresh, threshold=args.threshold)
-                advantages = group_advantages(group.rewards, args.num_generations)                          # 6
-                rollouts.append((k, task, example, group, advantages))
+        old_policy = unsharded(model)                                                                       # 3
+        for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
+            turn, place = divmod(step * args.num_prompts + k, len(sources))  # the tasks take turns
+            task = sources[place].task
+            prompt_ids, example = sources[place].draw(turn)                                                 # 4
+            group = rollout(old_policy, tokenizer, prompt_ids, num_generations=args.num_generations,        # 5
+                            reward=lambda texts: [g['reward'] for g in grades(task, texts, [example] * len(texts))],
+                            generator=torch_stream(device, args.seed, 'rollout', step, k),
+                            gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
+                            temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale,
+                            cache=args.cache, refresh=args.refresh, threshold=args.threshold)
+            advantages = group_advantages(group.rewards, args.num_generations)                              # 6
+            rollouts.append((k, task, example, group, advantages))
+        del old_policy
         views = {}  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
         for n in range(args.num_iterations):
             for k, _, _, group, _ in rollouts:
@@ -671,14 +663,13 @@ def nano_base(args):
         optimizers = [Muon(matrices), torch.optim.AdamW(rest, args.base_learning_rate, (0.9, 0.95), weight_decay=0.0)]
         train_sft(corpus, run, 'base', model, optimizers, draw, args.base_steps, args.gen_length, 1.0)
         save_model(folder, model, tokenizer)
-    if world_size() > 1:
-        dist.barrier()
+    gather([])  # all wait for process 0
     return folder
 
 
 def save_model(folder, model, tokenizer):
     """The model and tokenizer in the Hugging Face layout; the folder appears only when it is whole."""
-    model = frozen_copy(model) if isinstance(model, FSDPModule) else model
+    model = unsharded(model)
     if rank():
         return
     shutil.rmtree(folder + '.new', ignore_errors=True)
@@ -697,7 +688,7 @@ def train_stage(args, run, stage, model, tokenizer, sources, pairs):
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
     if os.path.exists(after):
-        restore(after, read_checkpoint(after), model)
+        restore(after, model)
     elif stage == 'sft':
         pair = endless(pairs, args.seed, 'sft')
         draw = lambda step: [pair(i) for i in range(step * args.sft_batch, (step + 1) * args.sft_batch)]
