@@ -171,19 +171,20 @@ def show(model, tokenizer, text, **sampling):
                          f'{model.config.max_sequence_length} of the model')
     prompt_ids = torch.tensor([prompt], device=model.device)
     new, old = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('', '')
-    before = None
+    before = [model.config.mask_id] * sampling['gen_length']
     print(tokenizer.decode(prompt))
     for step, ids in enumerate(denoise(model, prompt_ids, **sampling)):
         ids = ids[0, len(prompt):].tolist()
         if ids == before:
             continue  # the last yield: nothing new
-        pieces = []
-        for i, token in enumerate(ids):
-            piece = '.' if token == model.config.mask_id else '' if token in model.config.end_ids else \
-                tokenizer.decode([token]).replace('\n', '\\n')
-            fresh = before is None or before[i] == model.config.mask_id != token
-            pieces.append(f'{new}{piece}{old}' if fresh and piece not in ('.', '') else piece)
-        print(f'{step + 1:4} ' + ''.join(pieces), flush=True)
+        line = ''
+        for token, token_before in zip(ids, before):
+            if token == model.config.mask_id:
+                line += '.'
+            elif token not in model.config.end_ids:
+                piece = tokenizer.decode([token]).replace('\n', '\\n')
+                line += piece if token == token_before else f'{new}{piece}{old}'
+        print(f'{step + 1:4} {line}', flush=True)
         before = ids
     print(tokenizer.decode(before, skip_special_tokens=True))
 

@@ -469,7 +469,8 @@ def restore(path, model, optimizers=(), stage=None):
         saved = torch.load(path, map_location='cpu', weights_only=True)  # a pickle that would run code is refused
         weights, states, progress = saved['weights'], saved['states'], saved['progress']
     except Exception as e:  # a cut or foreign file raises whatever it likes
-        raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it to begin again at the one before') from None
+        raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): '
+                         'remove it to begin again at the one before') from None
     if stage and stage != progress['stage']:
         return progress
     try:
@@ -590,7 +591,7 @@ def train_grpo(args, run, model, tokenizer, sources):
                             cache=args.cache, refresh=args.refresh, threshold=args.threshold)
             advantages = group_advantages(group.rewards, args.num_generations)                              # 6
             rollouts.append((k, task, example, group, advantages))
-        del old_policy
+        del old_policy  # a copy needs its memory no longer
         views = {}  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
         for n in range(args.num_iterations):
             for k, _, _, group, _ in rollouts:
@@ -727,7 +728,8 @@ def main(argv=None):
     longest = args.max_prompt + max(args.gen_length, *args.eval_lengths, args.sft_length if 'sft' in args.stages else 0)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, the model ends at '
-                         f'{model.config.max_sequence_length}: lower --max_prompt, --gen_length, --eval_lengths or --sft_length')
+                         f'{model.config.max_sequence_length}: lower --max_prompt, --gen_length, --eval_lengths or '
+                         '--sft_length')
     tests = test_sets(args, tokenizer)
     sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
     pairs = sft_pairs(args, tokenizer) if sources and 'sft' in args.stages else []
@@ -818,7 +820,8 @@ def join_processes():
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group()
     except (ValueError, KeyError, RuntimeError) as e:  # torch's errors are RuntimeErrors with a stack in them
-        settings = ' '.join(f'{name}={os.environ.get(name)}' for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
+        names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+        settings = ' '.join(f'{name}={os.environ.get(name)}' for name in names)
         raise ValueError(f'the processes cannot meet ({str(e).splitlines()[0]}; {settings}): start them with torchrun, '
                          'and give --master_port another number if that one is taken') from None
 
