@@ -230,6 +230,9 @@ def shard(model):
     return fully_shard(model, mp_policy=policy)
 
 
+def full(tensor): return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor  # FSDP2 shards tensors
+
+
 def frozen_copy(model):
     """A copy with all weights in one place, in the dtype that the model computes in; every process takes part."""
     with torch.device('meta'):
@@ -237,9 +240,6 @@ def frozen_copy(model):
     copy.load_state_dict({name: full(tensor).to(model.compute_dtype or tensor.dtype, copy=True)  # one whole at a time
                           for name, tensor in model.state_dict().items()}, assign=True)
     return copy.requires_grad_(False).eval()
-
-
-def full(tensor): return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor  # FSDP2 shards tensors
 
 
 def unsharded(model):
@@ -414,7 +414,7 @@ def grades(name, texts, examples):
         return list(pool.map(grade, texts, examples))
 
 
-# ---- files of a run ----
+# ---- files of a run: process 0 writes, the others pass by ----
 
 def say(text):
     if rank() == 0:
@@ -424,8 +424,6 @@ def say(text):
 def progress_bar(items, label, **more):
     return tqdm(items, label, disable=None if rank() == 0 else True, **more)  # None: no bar in a file
 
-
-# Process 0 writes, the others pass by.
 
 def write(path, data):
     """Writes bytes to a file so that, whatever happens, either the old or the new content is there, whole."""
@@ -690,14 +688,14 @@ def train_stage(args, run, stage, model, tokenizer, sources, pairs):
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
     if os.path.exists(after):
         restore(after, model)
-    elif stage == 'sft':
-        pair = endless(pairs, args.seed, 'sft')
-        draw = lambda step: [pair(i) for i in range(step * args.sft_batch, (step + 1) * args.sft_batch)]
-        train_sft(args, run, 'sft', model, [adamw(model, args.sft_learning_rate, args.weight_decay)],
-                  draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
     else:
-        train_grpo(args, run, model, tokenizer, sources)
-    if not os.path.exists(after):
+        if stage == 'sft':
+            pair = endless(pairs, args.seed, 'sft')
+            draw = lambda step: [pair(i) for i in range(step * args.sft_batch, (step + 1) * args.sft_batch)]
+            train_sft(args, run, 'sft', model, [adamw(model, args.sft_learning_rate, args.weight_decay)],
+                      draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
+        else:
+            train_grpo(args, run, model, tokenizer, sources)
         save(after, model)
     if args.lora_rank:
         merge_lora(model)
