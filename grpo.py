@@ -63,16 +63,22 @@ class Group(NamedTuple):
     texts: list                    # the completions as decoded
 
 
+def complete(model, tokenizer, prompt_ids, **sampling):
+    """Completions (B, L) of prompt_ids (B, P), their completion_mask and their texts; sampling: generate's knobs."""
+    model.eval()
+    completion_ids = generate(model, prompt_ids, **sampling)
+    mask = completion_mask(completion_ids, model.config.end_ids)
+    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask)]
+    return completion_ids, mask, texts
+
+
 def rollout(model, tokenizer, prompt_ids, reward, num_generations, generator, **sampling):
     """Samples a prompt's group and rewards it.
 
     prompt_ids: list of P ids. reward: texts -> list of floats. sampling: generate's knobs.
     """
-    model.eval()
     prompts = torch.tensor([prompt_ids] * num_generations, device=model.device)
-    completion_ids = generate(model, prompts, generator=generator, **sampling)
-    mask = completion_mask(completion_ids, model.config.end_ids)
-    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask)]
+    completion_ids, mask, texts = complete(model, tokenizer, prompts, generator=generator, **sampling)
     rewards = torch.tensor(reward(texts), device=model.device, dtype=torch.float32)
     return Group(prompts, completion_ids, mask, rewards, texts)
 

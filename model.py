@@ -23,7 +23,8 @@ ARCHITECTURE = dict(activation_type='silu', alibi=False, attention_layer_norm=Fa
                     input_emb_norm=False, layer_norm_type='rms', layer_norm_with_affine=True, model_type='llada',
                     rope=True, rope_full_precision=True, scale_logits=False, weight_tying=False,
                     attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)
-LOGITS_AT_ONCE = 2 ** 26  # logits held when only log-probs are wanted: 256 MB in float32; more are made again in the backward pass
+# Logits held when only log-probs are wanted: 256 MB in float32; more are made again in the backward pass.
+LOGITS_AT_ONCE = 2 ** 26
 
 
 @dataclass
@@ -88,8 +89,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
+    lora_on = False  # add_lora gives a layer its adapter
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))  # see LLaDA.compute_dtype
+        y = F.linear(x, self.weight.to(x.dtype))  # see LLaDA.compute_dtype
+        if self.lora_on:
+            h = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a.to(x.dtype))
+            y = y + self.lora_scale * F.linear(h, self.lora_b.to(x.dtype))
+        return y
 
 
 def rope_tables(positions, size, theta):
@@ -332,24 +339,6 @@ def weight_files(folder):
 
 # ---- LoRA (arXiv 2106.09685): y = W x + alpha/r B A x, with W frozen ----
 
-class LoRALinear(Linear):
-    def __init__(self, linear, rank, alpha, dropout):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, None
-        self.scale, self.dropout, self.on = alpha / rank, dropout, True
-        new = dict(device=linear.weight.device, dtype=torch.float32)  # computes in x's dtype, as Linear
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **new))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **new))
-
-    def forward(self, x):
-        y = F.linear(x, self.weight)
-        if self.on:
-            h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
-            y = y + self.scale * F.linear(h, self.lora_b.to(x.dtype))
-        return y
-
-
 def add_lora(model, rank=128, alpha=64, dropout=0.0, targets=('q_proj', 'k_proj', 'v_proj'), seed=0):
     """Freezes the model and puts trainable adapters on the linear layers named `targets` in every block.
 
@@ -360,17 +349,16 @@ def add_lora(model, rank=128, alpha=64, dropout=0.0, targets=('q_proj', 'k_proj'
         raise ValueError(f'LoRA target {strangers[0]} matches no layer: choose from {", ".join(linears)}')
     model.requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
-    for block in model.blocks:
-        for target in targets:
-            layer = LoRALinear(getattr(block, target), rank, alpha, dropout)
-            a = torch.empty(layer.lora_a.shape).uniform_(-1, 1, generator=g) / math.sqrt(layer.in_features)
-            layer.lora_a.data.copy_(a)
-            setattr(block, target, layer)
+    for layer in (getattr(block, target) for block in model.blocks for target in targets):
+        layer.lora_on, layer.lora_scale, layer.lora_dropout = True, alpha / rank, dropout
+        a = torch.empty(rank, layer.in_features).uniform_(-1, 1, generator=g) / math.sqrt(layer.in_features)
+        layer.lora_a = nn.Parameter(a.to(layer.weight.device))  # float32, whatever the weight is
+        layer.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
     return model
 
 
 def lora_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if hasattr(m, 'lora_a')}
 
 
 @contextlib.contextmanager
@@ -378,20 +366,19 @@ def lora_off(model):
     """Inside, the model, which it gives, is the one without its adapters: the reference policy."""
     layers = lora_layers(model).values()
     for layer in layers:
-        layer.on = False
+        layer.lora_on = False
     try:
         yield model
     finally:
         for layer in layers:
-            layer.on = True
+            layer.lora_on = True
 
 
 def merged_weights(model):
     """The state dict with W + alpha/r B A in place of W and its adapter."""
-    layers = lora_layers(model)
     weights = {name: t for name, t in model.state_dict().items() if '.lora_' not in name}
-    for name, layer in layers.items():
-        delta = layer.scale * layer.lora_b.data @ layer.lora_a.data
+    for name, layer in lora_layers(model).items():
+        delta = layer.lora_scale * layer.lora_b.data @ layer.lora_a.data
         weights[f'{name}.weight'] = (layer.weight.data.float() + delta).to(layer.weight.dtype)
     return weights
 
@@ -400,10 +387,9 @@ def merge_lora(model):
     """Folds the adapters into the weights and takes them off; all weights are trainable again."""
     weights = merged_weights(model)
     for name, layer in lora_layers(model).items():
-        parent, _, child = name.rpartition('.')
-        plain = Linear(layer.in_features, layer.out_features, bias=False, device='meta')
-        plain.weight = nn.Parameter(weights[f'{name}.weight'])
-        setattr(model.get_submodule(parent), child, plain)
+        layer.weight = nn.Parameter(weights[f'{name}.weight'])
+        del layer.lora_a, layer.lora_b
+        layer.lora_on = False
     return model.requires_grad_(True)
 
 
@@ -493,7 +479,8 @@ def load_tokenizer(name, config):
     mask_id = tokenizer.get_vocab().get('<|mdm_mask|>', tokenizer.mask_token_id)  # LLaDA's has no mask_token
     for key, theirs, ours in (('eos', tokenizer.eos_token_id, config.eos_id), ('mask', mask_id, config.mask_id)):
         if theirs != ours:
-            raise ValueError(f'{name} contradicts itself: {key}_token_id is {ours} in config.json, {theirs} in its tokenizer')
+            raise ValueError(f'{name} contradicts itself: {key}_token_id is {ours} in config.json, '
+                             f'{theirs} in its tokenizer')
     if not tokenizer.chat_template:
         raise ValueError(f'the tokenizer of {name} has no chat_template: is this the Instruct model?')
     config.end_ids = (config.eos_id, *(i for token, i in tokenizer.get_added_vocab().items()

@@ -19,16 +19,16 @@ def commit_counts(block_length, steps):
     return [block_length // steps + (i < block_length % steps) for i in range(min(steps, block_length))]
 
 
-def check_lengths(gen_length, block_length, steps):
+def check_lengths(gen_length, block_length, steps, where=''):
     """Raises ValueError unless blocks divide the completion and every block gets the same number of steps."""
     if min(gen_length, block_length, steps) < 1:
-        raise ValueError(f'gen_length {gen_length}, block_length {block_length} and steps {steps} must be at least 1')
-    if gen_length % block_length:
-        raise ValueError(f'gen_length {gen_length} is not a multiple of block_length {block_length}: '
+        raise ValueError(f'{where}gen_length {gen_length}, block_length {block_length} and steps {steps} must be at least 1')
+    blocks, rest = divmod(gen_length, block_length)
+    if rest:
+        raise ValueError(f'{where}gen_length {gen_length} is not a multiple of block_length {block_length}: '
                          'choose a block_length that divides it')
-    if steps % (gen_length // block_length):
-        raise ValueError(f'steps {steps} is not a multiple of the {gen_length // block_length} blocks: '
-                         f'choose a multiple of {gen_length // block_length}')
+    if steps % blocks:
+        raise ValueError(f'{where}steps {steps} is not a multiple of the {blocks} blocks: choose a multiple of {blocks}')
 
 
 def check_speed(cache, refresh, threshold, remasking):
@@ -142,6 +142,14 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
     return ids[:, prompt_ids.size(1):].clone()  # a clone is no inference tensor, so that gradients can use it
 
 
+def parser(description):
+    """An argparse.ArgumentParser that raises ValueError, in one line, where argparse would print all flags and exit."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def fail(message): raise ValueError(f'{message} (--help lists all flags)')
+    p.error = fail
+    return p
+
+
 def last_model(out):
     """The newest model that a run has left in the folder `out`; ValueError when there is none."""
     folders = sorted(glob.glob(os.path.join(out, '*', 'model')), key=os.path.getmtime)
@@ -163,19 +171,20 @@ def show(model, tokenizer, text, **sampling):
                          f'{model.config.max_sequence_length} of the model')
     prompt_ids = torch.tensor([prompt], device=model.device)
     new, old = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('', '')
-    before = None
+    before = [model.config.mask_id] * sampling['gen_length']
     print(tokenizer.decode(prompt))
     for step, ids in enumerate(denoise(model, prompt_ids, **sampling)):
         ids = ids[0, len(prompt):].tolist()
         if ids == before:
             continue  # the last yield: nothing new
-        pieces = []
-        for i, token in enumerate(ids):
-            piece = '.' if token == model.config.mask_id else '' if token in model.config.end_ids else \
-                tokenizer.decode([token]).replace('\n', '\\n')
-            fresh = before is None or before[i] == model.config.mask_id != token
-            pieces.append(f'{new}{piece}{old}' if fresh and piece not in ('.', '') else piece)
-        print(f'{step + 1:4} ' + ''.join(pieces), flush=True)
+        line = ''
+        for token, token_before in zip(ids, before):
+            if token == model.config.mask_id:
+                line += '.'
+            elif token not in model.config.end_ids:
+                piece = tokenizer.decode([token]).replace('\n', '\\n')
+                line += piece if token == token_before else f'{new}{piece}{old}'
+        print(f'{step + 1:4} {line}', flush=True)
         before = ids
     print(tokenizer.decode(before, skip_special_tokens=True))
 
@@ -186,7 +195,7 @@ if __name__ == '__main__':
     import rewards
     from model import load
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__)
     p.add_argument('--model', default='', help='a folder or hub id [the newest model in out/]')
     p.add_argument('--out', default='out', help='where runs are kept')
     p.add_argument('--task', default='gsm8k', help='show a built-in problem of this task')
@@ -199,21 +208,20 @@ if __name__ == '__main__':
     p.add_argument('--refresh', type=int, default=0, help='steps between refreshes of the cache (0 = once a block)')
     p.add_argument('--threshold', type=float, default=0.0, help='commit every token this sure, instead of a fixed number')
     p.add_argument('--seed', type=int, default=0, help='of the built-in problem')
-    def fail(message): raise ValueError(f'{message} (--help lists all flags)')
-    p.error = fail
     try:
         a = p.parse_args()
+        a.steps = a.steps or a.gen_length // 2
         if not 0 <= a.temperature < float('inf'):
             raise ValueError(f'--temperature {a.temperature} is out of range: give a number from 0')
         if a.task not in rewards.TASKS:
             raise ValueError(f'--task {a.task} is unknown: choose from {", ".join(rewards.TASKS)}')
-        check_lengths(a.gen_length, a.block_length, a.steps or a.gen_length // 2)
+        check_lengths(a.gen_length, a.block_length, a.steps)
         check_speed(a.cache, a.refresh, a.threshold, 'low_confidence')
         place = (torch.bfloat16, 'cuda') if torch.cuda.is_available() else (torch.float32, 'cpu')
         model, tokenizer = load(a.model or last_model(a.out), *place)
         example = dict(question=a.prompt) if a.prompt else rewards.make(a.task, random.Random(a.seed), 'test')
         show(model.eval(), tokenizer, rewards.prompt(a.task, example), gen_length=a.gen_length,
-             block_length=a.block_length, steps=a.steps or a.gen_length // 2, temperature=a.temperature, cache=a.cache, refresh=a.refresh,
-             threshold=a.threshold)
+             block_length=a.block_length, steps=a.steps, temperature=a.temperature, cache=a.cache,
+             refresh=a.refresh, threshold=a.threshold)
     except (ValueError, OSError) as e:
         sys.exit(print(f'sample.py: {e}', file=sys.stderr) or 2)

@@ -34,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import rewards
-from grpo import completion_mask, fixed_logps, group_advantages, grpo_loss, rollout
+from grpo import complete, fixed_logps, group_advantages, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
 from model import LLaDA, add_lora, load, lora_off, merge_lora, read_json
-from sample import chat, check_lengths, check_speed, generate
+from sample import chat, check_lengths, check_speed, parser
 from sft import Muon, pad, sft_backward
 
 # Every flag, its default for the nano model and for LLaDA, and what it is (with the paper's symbol).
@@ -127,14 +127,12 @@ FREE_ON_RESUME = ('resume', 'out', 'name', 'device', 'learning_rate', 'sft_learn
 
 def parse(argv):
     """The settings of a run: flags as given, else the task's, else the model's defaults of FLAGS; ValueError on nonsense."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    def fail(message): raise ValueError(f'{message} (--help lists all flags)')
-    p.error = fail  # one line, where argparse would print all flags first
-    for row in FLAGS:
-        if len(row) == 1:
-            group = p.add_argument_group(row[0])
+    p = parser(__doc__)
+    for name, *row in FLAGS:
+        if not row:
+            group = p.add_argument_group(name)
             continue
-        name, nano, llada, text = row
+        nano, llada, text = row
         default = f'{nano}' if nano == llada else f'nano {nano}, LLaDA {llada}'
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(nano, bool) else dict(type=type(nano))
         group.add_argument(f'--{name}', default=None, help=f'{text} [{default}]'.replace('%', '%%'), **kind)
@@ -169,10 +167,7 @@ def check(args):
         raise ValueError(f'--eval_lengths {args.eval_lengths!r} is no list of lengths such as 128,256')
     args.eval_lengths = [int(n) for n in args.eval_lengths.split(',')]
     for length in args.eval_lengths:
-        try:
-            check_lengths(length, args.block_length, length // 2)
-        except ValueError as e:
-            raise ValueError(f'--eval_lengths {length}, in {length // 2} steps: {e}') from None
+        check_lengths(length, args.block_length, length // 2, f'--eval_lengths {length}, in {length // 2} steps: ')
     for name in ('num_prompts', 'sft_batch', 'base_batch'):  # else some would wait for others' gradients for ever
         if getattr(args, name) % world_size():
             raise ValueError(f'--{name} {getattr(args, name)} is not a multiple of the {world_size()} processes')
@@ -209,8 +204,6 @@ def check(args):
 # ---- many processes (torchrun); one process never notices ----
 
 def world_size(): return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def rank(): return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -222,6 +215,49 @@ def gather(items):
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
+
+def replicated(model):
+    """What averages the gradients of the processes: FSDP2's model itself, else DDP around it; one process needs neither."""
+    return model if world_size() == 1 or isinstance(model, FSDPModule) else DistributedDataParallel(model)
+
+
+def shard(model):
+    """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
+    policy = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)  # the rotary angles stay float32
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def full(tensor): return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor  # FSDP2 shards tensors
+
+
+def frozen_copy(model):
+    """A copy with all weights in one place, in the dtype that the model computes in; every process takes part."""
+    with torch.device('meta'):
+        copy = LLaDA(model.config)
+    copy.load_state_dict({name: full(tensor).to(model.compute_dtype or tensor.dtype, copy=True)  # one whole at a time
+                          for name, tensor in model.state_dict().items()}, assign=True)
+    return copy.requires_grad_(False).eval()
+
+
+def unsharded(model):
+    """The model, or a copy of it that is whole on every process, so that each can sample at its own pace."""
+    return frozen_copy(model) if isinstance(model, FSDPModule) else model
+
+
+def reference_policy(args, model):
+    """A function that gives a context in which there is the reference policy: the model as it is now."""
+    if args.lora_rank or not args.beta:  # without its adapters; with beta 0 nobody asks
+        return lambda: lora_off(model)
+    frozen = frozen_copy(model)
+    if isinstance(model, FSDPModule):
+        shard(frozen)
+    return lambda: contextlib.nullcontext(frozen)
+
+
+# ---- random streams ----
 
 def random_stream(*key):
     """A random.Random that depends on the key only, so that a resumed run, on any number of processes, draws the same."""
@@ -284,13 +320,11 @@ def test_sets(args, tokenizer):
     """{name: [(prompt ids, example)]}: for each task one set of its name; code has two on the hub, code-ID each."""
     sets = {}
     for task in args.tasks:
-        hub = rewards.TASKS[task].datasets[1]
-        if args.model == 'nano' or file_of(args, task, 'test') or len(hub) < 2:
-            sets[task] = Problems(args, tokenizer, task, 'test').first(args.eval_n)
-        else:
-            for source in hub:
-                name = f'{task}-{os.path.basename(source[0])}'
-                sets[name] = Problems(args, tokenizer, task, 'test', source).first(args.eval_n)
+        hub, named = rewards.TASKS[task].datasets[1], {task: None}
+        if args.model != 'nano' and not file_of(args, task, 'test') and len(hub) > 1:
+            named = {f'{task}-{os.path.basename(source[0])}': source for source in hub}
+        for name, source in named.items():
+            sets[name] = Problems(args, tokenizer, task, 'test', source).first(args.eval_n)
     return sets
 
 
@@ -325,116 +359,83 @@ def sft_pairs(args, tokenizer):
 
 # ---- evaluation ----
 
-def evaluate(args, model, tokenizer, problems, stage):
-    """Greedy completions of the test_sets at every --eval_lengths; writes them, returns {set: {length: scores}}."""
-    scores = {}
-    model.eval()
-    for name, pairs in problems.items():
-        scores[name], task = {}, name.partition('-')[0]
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))[rank()::world_size()]  # alike lengths pad little
+def answers(args, model, tokenizer, name, pairs, length, label=None):
+    """The greedy answers to a test set at one length, graded, in the set's order; every process makes its share."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))[rank()::world_size()]  # alike lengths pad little
+    done = []
+    for first in progress_bar(range(0, len(order), args.eval_batch), label, leave=False):
+        batch = order[first:first + args.eval_batch]
+        examples = [pairs[i][1] for i in batch]
+        ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
+        _, mask, texts = complete(model, tokenizer, ids, gen_length=length, block_length=args.block_length,
+                                  steps=length // 2, cfg_scale=args.cfg_scale, attention_mask=attention_mask,
+                                  cache=args.cache, refresh=args.refresh, threshold=args.threshold)
+        items = [dict(question=example['question'], generations=text, ground_truth=example['answer'],
+                      effective_tokens=n, **grade)
+                 for example, text, n, grade in zip(examples, texts, mask.sum(1).tolist(), grades(name, texts, examples))]
+        done += zip(batch, items)
+    done = dict(gather(done))
+    return [done[i] for i in range(len(pairs))]
+
+
+def evaluate(args, run, model, tokenizer, tests, stage):
+    """{test set: {generation length: scores}} of greedy answers, which are written to the run's folder."""
+    scores, model = {name: {} for name in tests}, unsharded(model)
+    for name, pairs in tests.items():
         for length in args.eval_lengths:
-            done = []
-            for first in tqdm(range(0, len(order), args.eval_batch), f'{stage}: {name}, {length} tokens', leave=False,
-                              disable=None if rank() == 0 else True):
-                batch = order[first:first + args.eval_batch]
-                ids, attention_mask, _ = pad([(pairs[i][0], []) for i in batch], 0, model.config.eos_id, model.device)
-                completion_ids = generate(model, ids, length, args.block_length, length // 2,
-                                          cfg_scale=args.cfg_scale, attention_mask=attention_mask,
-                                          cache=args.cache, refresh=args.refresh, threshold=args.threshold)
-                mask = completion_mask(completion_ids, model.config.end_ids)
-                texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
-                examples = [pairs[i][1] for i in batch]
-                for i, text, n, grade in zip(batch, texts, mask.sum(1).tolist(), grades(task, texts, examples)):
-                    done.append((i, dict(question=pairs[i][1]['question'], generations=text,
-                                         ground_truth=pairs[i][1]['answer'], effective_tokens=n, **grade)))
-            done = [item for _, item in sorted(gather(done), key=lambda pair: pair[0])]
-            scores[name][str(length)] = rewards.summary(done)
-            if rank() == 0:
-                write_json(os.path.join(run_folder(args), f'{stage}_{name}_{length}_generations.json'),
-                           dict(generations=done, metrics=scores[name][str(length)], model_path=args.model,
-                                gen_length=length, diffusion_steps=length // 2, block_length=args.block_length))
+            done = answers(args, model, tokenizer, name, pairs, length, f'{stage}: {name}, {length} tokens')
+            metrics = scores[name][str(length)] = rewards.summary(done)
+            write_json(os.path.join(run.folder, f'{stage}_{name}_{length}_generations.json'),
+                       dict(generations=done, metrics=metrics, model_path=args.model, gen_length=length,
+                            diffusion_steps=length // 2, block_length=args.block_length))
     return scores
 
 
-def constant_scores(args, tokenizer, problems):
+def constant_scores(args, tokenizer, tests):
     """What one answer scores that does not read the problem, in the form that evaluate returns."""
     scores = {}
-    for name, pairs in problems.items():
-        task = name.partition('-')[0]
-        text = rewards.tagged('', rewards.TASKS[task].trivial)
-        graded = grades(task, [text] * len(pairs), [example for _, example in pairs])
+    for name, pairs in tests.items():
+        text = rewards.tagged('', task_of(name).trivial)
+        graded = grades(name, [text] * len(pairs), [example for _, example in pairs])
         tokens = len(tokenizer(text)['input_ids'])
         row = rewards.summary([dict(effective_tokens=tokens, **grade) for grade in graded])
         scores[name] = {str(length): row for length in args.eval_lengths}
     return scores
 
 
-def grades(task, texts, examples):
-    """Reward and correctness of each text, for its example or for one; in a pool, since code runs in processes."""
-    t, examples = rewards.TASKS[task], examples if isinstance(examples, list) else [examples] * len(texts)
+def task_of(name): return rewards.TASKS[name.partition('-')[0]]  # of a test set: see test_sets
+
+
+def grades(name, texts, examples):
+    """Reward and correctness of each text for its example; in a pool, since code runs in processes."""
+    t = task_of(name)
+    grade = lambda text, example: dict(reward=t.reward(text, example), correct=t.correct(text, example))
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        return list(pool.map(lambda text, example: dict(reward=t.reward(text, example), correct=t.correct(text, example)),
-                             texts, examples))
+        return list(pool.map(grade, texts, examples))
 
 
-def replicated(model):
-    """The same weights on all processes, gradients averaged (DDP); what one process trains is the model itself."""
-    return DistributedDataParallel(model) if world_size() > 1 else model
-
-
-def shard(model):
-    """Splits all weights over the processes (FSDP2), for full fine-tuning; one block is whole at a time."""
-    policy = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)  # the rotary angles stay float32
-    for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """Inside, every process holds the whole of a sharded model, so that each can sample at its own pace."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False)
-        part.unshard()
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(part is not model)
-        part.reshard()
-
-
-def frozen_copy(model):
-    """A copy with all weights in one place, sharded or not as the model is, and in the dtype that it computes in;
-    every process takes part."""
-    with torch.device('meta'):
-        copy = LLaDA(model.config)
-    whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
-    copy.load_state_dict({name: whole(tensor).to(model.compute_dtype or tensor.dtype, copy=True)  # one whole at a time
-                          for name, tensor in model.state_dict().items()}, assign=True)
-    return copy.requires_grad_(False).eval()
-
-
-# ---- files of a run ----
+# ---- files of a run: process 0 writes, the others pass by ----
 
 def say(text):
     if rank() == 0:
         tqdm.write(text)
 
 
-def run_folder(args): return os.path.join(args.out, args.name)
+def progress_bar(items, label, **more):
+    return tqdm(items, label, disable=None if rank() == 0 else True, **more)  # None: no bar in a file
 
 
 def write(path, data):
     """Writes bytes to a file so that, whatever happens, either the old or the new content is there, whole."""
+    if rank():
+        return
     try:
         with open(path + '.new', 'wb') as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:  # a full disk does not say where
-        e.filename = path + '.new'
-        raise
+        raise OSError(e.errno, e.strerror, path + '.new') from None
     os.replace(path + '.new', path)
 
 
@@ -442,6 +443,8 @@ def write_json(path, value): write(path, json.dumps(value, indent=1).encode())
 
 
 def append(path, row):
+    if rank():
+        return
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
     with open(path, 'a') as f:
         f.write(json.dumps(row) + '\n')
@@ -453,35 +456,31 @@ def save(path, model, optimizers=(), **progress):
     """Trainable weights, optimizer states and progress into one file; every process takes part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, states = get_state_dict(model, optimizers, options=options)
-    if rank() == 0:
-        buffer = io.BytesIO()
-        torch.save(dict(weights=weights, states=states, progress=progress), buffer)
-        write(path, buffer.getbuffer())
+    buffer = io.BytesIO()
+    torch.save(dict(weights=weights, states=states, progress=progress), buffer)
+    write(path, buffer.getbuffer())
 
 
-def read_checkpoint(path):
-    """What save wrote, as data: a pickle that would run code is refused."""
+def restore(path, model, optimizers=(), stage=None):
+    """Puts a checkpoint (of this stage, if one is named) into model and optimizers; returns its progress."""
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-        return {name: saved[name] for name in ('weights', 'states', 'progress')}
+        saved = torch.load(path, map_location='cpu', weights_only=True)  # a pickle that would run code is refused
+        weights, states, progress = saved['weights'], saved['states'], saved['progress']
     except Exception as e:  # a cut or foreign file raises whatever it likes
-        raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it to begin again at the one before') from None
-
-
-def restore(path, saved, model, optimizers=()):
-    """Puts what read_checkpoint gave into model and optimizers."""
-    rates = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
+        raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): '
+                         'remove it to begin again at the one before') from None
+    if stage and stage != progress['stage']:
+        return progress
     try:
         own = {name for name, p in model.named_parameters() if p.requires_grad}
-        if strangers := saved['weights'].keys() ^ own:
+        if strangers := weights.keys() ^ own:
             raise KeyError(f'{min(strangers)} is not in both')
-        set_state_dict(model, optimizers, model_state_dict=saved['weights'], optim_state_dict=saved['states'],
+        set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=states,
                        options=StateDictOptions(full_state_dict=True, strict=False))
     except (RuntimeError, KeyError, AttributeError) as e:
         line = ' '.join(str(e).split())[:200]
         raise ValueError(f'{path} is no checkpoint of this model and these settings ({line})') from None
-    for optimizer, rate in zip(optimizers, rates):  # a resumed run may be given another
-        optimizer.param_groups[0]['lr'] = rate
+    return progress
 
 
 # ---- training ----
@@ -490,14 +489,15 @@ class Run:
     """What a run keeps between steps: where its files are, how much of the logs counts, bad updates in a row."""
 
     def __init__(self, args):
-        self.folder, self.bad, self.stop = run_folder(args), 0, False
+        self.folder, self.bad, self.stop = os.path.join(args.out, args.name), 0, False
         self.checkpoint = os.path.join(self.folder, 'checkpoint.pt')
         self.logs = [os.path.join(self.folder, name) for name in ('log.jsonl', 'samples.jsonl')]
 
     def begin(self, stage, model, optimizers):
         """The step to begin a stage with: 0, or where its checkpoint was written; the logs are cut back to it."""
-        saved = read_checkpoint(self.checkpoint) if os.path.exists(self.checkpoint) else None
-        progress = saved['progress'] if saved else dict(stage='', sizes=[0, 0])
+        progress = dict(stage='', step=0, sizes=[0, 0], bad=0)
+        if os.path.exists(self.checkpoint):
+            progress = restore(self.checkpoint, model, optimizers, stage)
         for path, size in zip(self.logs, progress['sizes']):
             if rank() == 0 and os.path.exists(path):
                 os.truncate(path, size)
@@ -505,7 +505,6 @@ class Run:
         if progress['stage'] != stage:
             return 0
         say(f'going on with {stage} at step {progress["step"]}')
-        restore(self.checkpoint, saved, model, optimizers)
         self.bad = progress['bad']
         return progress['step']
 
@@ -532,9 +531,8 @@ class Run:
 
 
 def update(model, optimizers, max_grad_norm, run, loss):
-    """Clips and steps; a loss (of all processes) or gradient that is not finite skips the update. Returns the gradient's norm."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # FSDP's gradients are sharded
+    """Clips and steps; a loss (of all processes) or gradient that is not finite skips that. Returns the gradient's norm."""
+    norm = full(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
     run.bad = 0 if norm.isfinite() and math.isfinite(loss) else run.bad + 1
     if run.bad:
         say(f'an update was skipped: loss {loss}, norm of the gradient {norm.item()}')
@@ -545,11 +543,12 @@ def update(model, optimizers, max_grad_norm, run, loss):
     return norm.item()
 
 
-def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max_grad_norm):
-    """Masked SFT (Algorithm 2), also the base's pretraining; draw(step) gives the step's pairs, the same on every process."""
+def train_sft(args, run, stage, model, optimizers, draw, steps, length, max_grad_norm):
+    """Masked SFT (Algorithm 2), also the base's pretraining; draw(step): the step's pairs, the same on every process."""
+    net = replicated(model)
     rates = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]  # before a checkpoint brings its own
     start = run.begin(stage, model, optimizers)
-    bar = tqdm(range(start, steps), stage, initial=start, total=steps, disable=None if rank() == 0 else True)
+    bar = progress_bar(range(start, steps), stage, initial=start, total=steps)
     for step in bar:
         began = time.time()
         for optimizer, rate in zip(optimizers, rates):  # up in the first twentieth, then down to 0
@@ -561,43 +560,46 @@ def train_sft(args, run, stage, model, net, optimizers, draw, steps, length, max
         loss = sum(gather([loss])) / world_size()
         norm = update(model, optimizers, max_grad_norm, run, loss)
         bar.set_postfix(loss=f'{loss:.3f}')
-        if rank() == 0 and stage != 'base':
+        if stage != 'base':
             append(run.logs[0], dict(stage=stage, step=step, loss=loss, grad_norm=norm, bad_updates=int(run.bad > 0),
                                      seconds=time.time() - began))
         run.end_step(args, stage, step, steps, model, optimizers)
 
 
-def train_grpo(args, run, model, net, tokenizer, sources, reference):
-    """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1. reference: a context in which a model is the reference policy."""
+def train_grpo(args, run, model, tokenizer, sources):
+    """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1."""
     device = model.device
-    optimizers = [adamw(model, args.learning_rate, args.weight_decay)]
+    reference = reference_policy(args, model)                                                               # 1
+    net, optimizers = replicated(model), [adamw(model, args.learning_rate, args.weight_decay)]
     start = run.begin('grpo', model, optimizers)
+    optimizers[0].param_groups[0]['lr'] = args.learning_rate  # the checkpoint may have had another
     for step in range(start, args.grpo_steps):                                                              # 2
         began, rollouts = time.time(), []
         torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
-        with gathered(model):  # once around all: the processes sample at their own pace
-            for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
-                turn, place = divmod(step * args.num_prompts + k, len(sources))  # the tasks take turns
-                source = sources[place]
-                prompt_ids, example = source.draw(turn)                                                     # 4
-                group = rollout(model, tokenizer, prompt_ids, num_generations=args.num_generations,         # 5
-                                reward=lambda texts: [g['reward'] for g in grades(source.task, texts, example)],
-                                generator=torch_stream(device, args.seed, 'rollout', step, k),
-                                gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
-                                temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale,
-                                cache=args.cache, refresh=args.refresh, threshold=args.threshold)
-                advantages = group_advantages(group.rewards, args.num_generations)                          # 6
-                rollouts.append((k, source.task, example, group, advantages))
-        views = []  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
+        old_policy = unsharded(model)                                                                       # 3
+        for k in range(rank(), args.num_prompts, world_size()):  # one prompt's group is one micro-batch
+            turn, place = divmod(step * args.num_prompts + k, len(sources))  # the tasks take turns
+            task = sources[place].task
+            prompt_ids, example = sources[place].draw(turn)                                                 # 4
+            group = rollout(old_policy, tokenizer, prompt_ids, num_generations=args.num_generations,        # 5
+                            reward=lambda texts: [g['reward'] for g in grades(task, texts, [example] * len(texts))],
+                            generator=torch_stream(device, args.seed, 'rollout', step, k),
+                            gen_length=args.gen_length, block_length=args.block_length, steps=args.steps,
+                            temperature=args.temperature, remasking=args.remasking, cfg_scale=args.cfg_scale,
+                            cache=args.cache, refresh=args.refresh, threshold=args.threshold)
+            advantages = group_advantages(group.rewards, args.num_generations)                              # 6
+            rollouts.append((k, task, example, group, advantages))
+        del old_policy  # a copy needs its memory no longer
+        views = {}  # line 8: for each update and group a prompt mask, and the log-probs under it that stay fixed
         for n in range(args.num_iterations):
             for k, _, _, group, _ in rollouts:
                 stream = torch_stream(device, args.seed, 'mask', step, 0 if args.fixed_mask else n, k)
                 prompt_mask = random_prompt_mask(group.prompt_ids, args.p_mask_prompt, stream)
-                views.append((prompt_mask, *fixed_logps(model, reference, group, prompt_mask, args.beta)))
+                views[n, k] = prompt_mask, *fixed_logps(model, reference, group, prompt_mask, args.beta)
         stats, sampled = [], time.time() - began
         for n in range(args.num_iterations):                                                                # 7
-            for g, (k, _, _, group, advantages) in enumerate(rollouts):
-                prompt_mask, old_logps, ref_logps = views[n * len(rollouts) + g]
+            for k, _, _, group, advantages in rollouts:
+                prompt_mask, old_logps, ref_logps = views[n, k]                                             # 8
                 model.train()
                 logps = completion_logps(net, group.prompt_ids, group.completion_ids, prompt_mask)          # 9
                 loss, stat = grpo_loss(logps, old_logps, ref_logps, advantages, group.mask, args.epsilon,
@@ -605,43 +607,38 @@ def train_grpo(args, run, model, net, tokenizer, sources, reference):
                 (loss / len(rollouts)).backward()
                 stats.append(dict(loss=loss.item(), **stat))
             loss = sum(gather([stat['loss'] for stat in stats[-len(rollouts):]]))
-            stats[-1]['grad_norm'] = update(model, optimizers, args.max_grad_norm, run, loss)
-            stats[-1]['bad'] = run.bad > 0
+            stats[-1] |= dict(grad_norm=update(model, optimizers, args.max_grad_norm, run, loss), bad=run.bad > 0)
         report(args, run, step, rollouts, stats, time.time() - began, sampled)
         run.end_step(args, 'grpo', step, args.grpo_steps, model, optimizers)
 
 
-def adamw(model, lr, weight_decay, betas=(0.9, 0.99)):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, betas, weight_decay=weight_decay)
+def adamw(model, lr, weight_decay):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
 
 
 def report(args, run, step, rollouts, stats, seconds, sampled):
     """One line a step on the screen and in log.jsonl, means over all groups and updates; now and then a completion."""
-    rows = gather([dict(k=k, task=task, prompt=example['question'], completion=group.texts[0], answer=example['answer'],
-                        rewards=group.rewards.tolist(), lengths=group.mask.sum(1).tolist())
-                   for k, task, example, group, _ in rollouts])
+    groups = gather([dict(k=k, task=task, question=example['question'], completion=group.texts[0],
+                          answer=example['answer'], rewards=group.rewards.tolist(), lengths=group.mask.sum(1).tolist())
+                     for k, task, example, group, _ in rollouts])
+    groups.sort(key=lambda group: group['k'])
     stats = gather(stats)
-    if rank():
-        return
-    rows.sort(key=lambda row: row['k'])
-    every = [reward for row in rows for reward in row['rewards']]
-    lengths = [n for row in rows for n in row['lengths']]
-    line = dict(stage='grpo', step=step, reward=sum(every) / len(every),
-                flat_groups=sum(len(set(row['rewards'])) == 1 for row in rows) / len(rows))
+    mean = lambda values: sum(values) / len(values)
+    line = dict(stage='grpo', step=step, reward=mean([reward for group in groups for reward in group['rewards']]),
+                flat_groups=mean([len(set(group['rewards'])) == 1 for group in groups]))
     for name in ('loss', 'kl', 'ratio', 'clip_high', 'clip_low', 'grad_norm'):
-        values = [stat[name] for stat in stats if name in stat]
-        line[name] = sum(values) / len(values)
-    bad = sum(stat.get('bad', False) for stat in stats) // world_size()
-    line |= dict(first_ratio=stats[0]['ratio'], bad_updates=bad, length=sum(lengths) / len(lengths),
-                 seconds=seconds, rollout_seconds=sampled)
+        line[name] = mean([stat[name] for stat in stats if name in stat])
+    line |= dict(first_ratio=stats[0]['ratio'], bad_updates=sum(stat.get('bad', 0) for stat in stats) // world_size(),
+                 length=mean([n for group in groups for n in group['lengths']]), seconds=seconds, rollout_seconds=sampled)
     append(run.logs[0], line)
-    tqdm.write(f'grpo {step + 1}/{args.grpo_steps}: ' + ', '.join(
+    say(f'grpo {step + 1}/{args.grpo_steps}: ' + ', '.join(
         f'{name} {line[name]:.3f}' for name in ('reward', 'kl', 'ratio', 'clip_high', 'clip_low', 'length', 'seconds')))
-    row = rows[step % len(rows)]
-    append(run.logs[1], dict(step=step, task=row['task'], question=row['prompt'], completion=row['completion'],
-                             answer=row['answer'], reward=row['rewards'][0], effective_tokens=row['lengths'][0]))
+    shown = groups[step % len(groups)]
+    sample = {name: shown[name] for name in ('task', 'question', 'completion', 'answer')}
+    append(run.logs[1], dict(step=step, **sample, reward=shown['rewards'][0], effective_tokens=shown['lengths'][0]))
     if step % args.sample_every == 0:
-        tqdm.write(f"  {row['prompt']!r}\n  {row['completion']!r} -> reward {row['rewards'][0]:.3f}")
+        say(f"  {shown['question']!r}\n  {shown['completion']!r} -> reward {shown['rewards'][0]:.3f}")
 
 
 # ---- a run, from the base to the table ----
@@ -652,26 +649,26 @@ def nano_base(args):
     corpus = argparse.Namespace(**{**vars(args), 'seed': 0, 'eval_data': ''})
     sources = [Problems(corpus, tokenizer, task, 'train') for task in args.tasks]
     draw = lambda step: base_batch(corpus, tokenizer, sources, step)
-    made_of = [draw(0), draw(args.base_steps - 1), str(model), args.gen_length, args.textbook, [(k, v) for k, v in vars(args).items() if k.startswith('base_')]]
-    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
-    corpus.name = f"base-{'+'.join(args.tasks)}-{digest}"
-    folder = os.path.join(run_folder(corpus), 'model')
+    settings = [(k, v) for k, v in vars(args).items() if k.startswith('base_')]
+    made_of = [draw(0), draw(args.base_steps - 1), str(model), args.gen_length, args.textbook, settings]
+    corpus.name = f"base-{'+'.join(args.tasks)}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
+    run = Run(corpus)
+    folder = os.path.join(run.folder, 'model')
     if not all(gather([os.path.exists(folder)])):  # then all processes train it together
         say(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} weights, kept in {folder}')
-        os.makedirs(run_folder(corpus), exist_ok=True)
+        os.makedirs(run.folder, exist_ok=True)
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
         optimizers = [Muon(matrices), torch.optim.AdamW(rest, args.base_learning_rate, (0.9, 0.95), weight_decay=0.0)]
-        train_sft(corpus, Run(corpus), 'base', model, replicated(model), optimizers, draw, args.base_steps, args.gen_length, 1.0)
+        train_sft(corpus, run, 'base', model, optimizers, draw, args.base_steps, args.gen_length, 1.0)
         save_model(folder, model, tokenizer)
-    if world_size() > 1:
-        dist.barrier()
+    gather([])  # all wait for process 0
     return folder
 
 
 def save_model(folder, model, tokenizer):
     """The model and tokenizer in the Hugging Face layout; the folder appears only when it is whole."""
-    model = frozen_copy(model) if isinstance(model, FSDPModule) else model
+    model = unsharded(model)
     if rank():
         return
     shutil.rmtree(folder + '.new', ignore_errors=True)
@@ -687,76 +684,71 @@ def save_model(folder, model, tokenizer):
 def train_stage(args, run, stage, model, tokenizer, sources, pairs):
     """One stage from the weights before it to the weights after it, kept in out/NAME/STAGE.pt."""
     after = os.path.join(run.folder, f'{stage}.pt')
-    net = model
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
-        net = replicated(model)
     if os.path.exists(after):
-        restore(after, read_checkpoint(after), model)
-    elif stage == 'sft':
-        pair = endless(pairs, args.seed, 'sft')
-        draw = lambda step: [pair(i) for i in range(step * args.sft_batch, (step + 1) * args.sft_batch)]
-        train_sft(args, run, 'sft', model, net, [adamw(model, args.sft_learning_rate, args.weight_decay)],
-                  draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
+        restore(after, model)
     else:
-        if args.lora_rank:
-            reference = lambda: lora_off(model)
+        if stage == 'sft':
+            pair = endless(pairs, args.seed, 'sft')
+            draw = lambda step: [pair(i) for i in range(step * args.sft_batch, (step + 1) * args.sft_batch)]
+            train_sft(args, run, 'sft', model, [adamw(model, args.sft_learning_rate, args.weight_decay)],
+                      draw, args.sft_steps, args.sft_length, args.sft_max_grad_norm)
         else:
-            frozen = frozen_copy(model) if args.beta else None
-            if frozen and isinstance(model, FSDPModule):
-                shard(frozen)
-            reference = lambda: contextlib.nullcontext(frozen)
-        train_grpo(args, run, model, net, tokenizer, sources, reference)
-    if not os.path.exists(after):
+            train_grpo(args, run, model, tokenizer, sources)
         save(after, model)
     if args.lora_rank:
         merge_lora(model)
 
 
+def check_resume(args, folder):
+    """Raises ValueError unless the folder is new or --resume goes on with what it holds."""
+    if not os.path.exists(os.path.join(folder, 'config.json')):  # written when all has been checked
+        if args.resume:
+            raise ValueError(f'{folder} holds no run to go on with: leave out --resume, or give the --name that it has')
+        return
+    if not args.resume:
+        raise ValueError(f'{folder} exists: --resume goes on with it, --name NAME begins another')
+    before = read_json(folder, 'config.json')
+    for name, now in vars(args).items():
+        if name not in FREE_ON_RESUME and before.get(name, now) != now:
+            raise ValueError(f'--{name} is {now!r}, but {folder} was begun with {before[name]!r}: --resume with that, '
+                             'or begin another run with --name NAME')
+
+
 def main(argv=None):
     args = check(parse(argv))
     run = Run(args)
-    results_file = os.path.join(run.folder, 'results.json')
-    if os.path.exists(os.path.join(run.folder, 'config.json')):  # written when all has been checked
-        if not args.resume:
-            raise ValueError(f'{run.folder} exists: --resume goes on with it, --name NAME begins another')
-        before = read_json(run.folder, 'config.json')
-        for name, now in vars(args).items():
-            if name not in FREE_ON_RESUME and before.get(name, now) != now:
-                raise ValueError(f'--{name} is {now!r}, but {run.folder} was begun with {before[name]!r}: --resume with that, '
-                                 'or begin another run with --name NAME')
-    elif args.resume:
-        raise ValueError(f'{run.folder} holds no run to go on with: leave out --resume, or give the --name that it has')
+    check_resume(args, run.folder)
     dtype = getattr(torch, args.dtype)
     weights_dtype = dtype if args.lora_rank or args.eval_only else torch.float32
     model, tokenizer = load(args.model, weights_dtype, args.device)
     longest = args.max_prompt + max(args.gen_length, *args.eval_lengths, args.sft_length if 'sft' in args.stages else 0)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, the model ends at '
-                         f'{model.config.max_sequence_length}: lower --max_prompt, --gen_length, --eval_lengths or --sft_length')
+                         f'{model.config.max_sequence_length}: lower --max_prompt, --gen_length, --eval_lengths or '
+                         '--sft_length')
     tests = test_sets(args, tokenizer)
     sources = [] if args.eval_only else [Problems(args, tokenizer, task, 'train') for task in args.tasks]
     pairs = sft_pairs(args, tokenizer) if sources and 'sft' in args.stages else []
     gather([])  # every process has looked before one writes
-    if rank() == 0:
-        os.makedirs(run.folder, exist_ok=True)
-        write_json(os.path.join(run.folder, 'config.json'), vars(args))
+    os.makedirs(run.folder, exist_ok=True)
+    write_json(os.path.join(run.folder, 'config.json'), vars(args))
     if args.model == 'nano':
         model, tokenizer = load(nano_base(args), weights_dtype, args.device)
     model.compute_dtype = dtype  # of float32 weights: a bfloat16 weight would not notice steps of 3e-6
     model.gradient_checkpointing = args.gradient_checkpointing
     if world_size() > 1 and not args.lora_rank:
         shard(model)
+    results_file = os.path.join(run.folder, 'results.json')
     results = read_json(run.folder, 'results.json') if os.path.exists(results_file) else {}
     results['constant'] = constant_scores(args, tokenizer, tests)
     for stage in ['base', *([] if args.eval_only else args.stages)]:
         if stage != 'base':
             train_stage(args, run, stage, model, tokenizer, sources, pairs)
         if stage not in results:
-            with gathered(model):  # once for all: the processes may have different numbers of batches
-                results[stage] = evaluate(args, model, tokenizer, tests, stage)
-            if rank() == 0:
-                write_json(results_file, results)
+            results[stage] = evaluate(args, run, model, tokenizer, tests, stage)
+            write_json(results_file, results)
     if not args.eval_only:
         save_model(os.path.join(run.folder, 'model'), model, tokenizer)
     if rank() == 0:
@@ -767,32 +759,33 @@ def main(argv=None):
 
 def table(args, results):
     """The results as text: a row a stage, at each generation length accuracy with its 95 % interval, reward, tokens."""
-    names = {'constant': 'one constant answer', 'base': 'base', 'sft': '+ SFT', 'grpo': 'd1 (SFT + diffu-GRPO)' if 'sft' in results else '+ diffu-GRPO'}
+    names = {'constant': 'one constant answer', 'base': 'base', 'sft': '+ SFT',
+             'grpo': 'd1 (SFT + diffu-GRPO)' if 'sft' in results else '+ diffu-GRPO'}
     lines = []
     for name in results['constant']:
         lines += ['', f'{name}: accuracy % [95 % interval], mean reward, effective tokens, at generation length',
                   f'{"":24}' + ''.join(f'{length:<38}' for length in args.eval_lengths)]
         for stage, scores in results.items():
-            cells = [scores[name][str(n)] for n in args.eval_lengths]
-            lines.append(f'{names[stage]:24}' + ''.join(
-                f'{100 * c["accuracy"]:5.1f} [{100 * c["low"]:.1f}, {100 * c["high"]:.1f}] {c["reward"]:5.2f} '
-                f'{c["effective_tokens"]:5.1f}'.ljust(30) + (f'cells {100 * c["share"]:.1f}' if name == 'sudoku' else '').ljust(12)
-                for c in cells))
+            line = f'{names[stage]:24}'
+            for length in args.eval_lengths:
+                c = scores[name][str(length)]
+                cell = f'{100 * c["accuracy"]:5.1f} [{100 * c["low"]:.1f}, {100 * c["high"]:.1f}] {c["reward"]:5.2f}'
+                share = f'cells {100 * c["share"]:.1f}' if name == 'sudoku' else ''
+                line += f'{cell} {c["effective_tokens"]:5.1f}'.ljust(30) + share.ljust(12)
+            lines.append(line)
     return '\n'.join(lines)
 
 
 def curves(run):
     """Draws reward, KL and completion length over the steps of log.jsonl into curves.png, if matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return say('no curves.png: pip install matplotlib to have one')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     with open(run.logs[0]) as f:
         rows = [row for row in map(json.loads, f) if row['stage'] == 'grpo']
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3))
-    for axis, name in zip(axes, ('reward', 'length', 'kl')):
+    figure = Figure(figsize=(12, 3))
+    for axis, name in zip(figure.subplots(1, 3), ('reward', 'length', 'kl')):
         axis.plot([row['step'] for row in rows], [row[name] for row in rows])
         axis.set(title=name, xlabel='outer iteration')
     figure.tight_layout()
@@ -825,7 +818,8 @@ def join_processes():
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         dist.init_process_group()
     except (ValueError, KeyError, RuntimeError) as e:  # torch's errors are RuntimeErrors with a stack in them
-        settings = ' '.join(f'{name}={os.environ.get(name)}' for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
+        names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+        settings = ' '.join(f'{name}={os.environ.get(name)}' for name in names)
         raise ValueError(f'the processes cannot meet ({str(e).splitlines()[0]}; {settings}): start them with torchrun, '
                          'and give --master_port another number if that one is taken') from None
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
@@ -144,14 +145,13 @@ def build_nano(section, case, quick):
         grpo.generate = lambda *tensors, remasking, cfg_scale, **knobs: textbook_rollout(*tensors, **knobs)
         grpo.completion_logps = train.completion_logps = textbook_logps
     args.cache, args.grpo_steps = case == 'cache', 1
-    reference = train.frozen_copy(model)
 
     def step():
         with tempfile.TemporaryDirectory() as args.out, contextlib.redirect_stdout(None):
             run = train.Run(args)
             run.end_step = lambda *_: None  # no checkpoint
             os.makedirs(run.folder)
-            train.train_grpo(args, run, model, model, tokenizer, [source], lambda: contextlib.nullcontext(reference))
+            train.train_grpo(args, run, model, tokenizer, [source])
         return []
     return step
 
@@ -215,45 +215,40 @@ def measure(section, V, L, args):
 
 def nano_table(folders, n, length, thresholds):
     """What the faster modes of the sampler cost a trained model: greedy completions of n test problems."""
-    import torch
+    import grpo
     import rewards
     import train
-    from grpo import completion_mask
     from model import load
-    from sample import generate
-    from sft import pad
     print('| run | mode | seconds | speed-up | forwards a text | fewer | tokens a step | accuracy % [95 %] | reward +- 95 % |\n' + '| --- ' * 9 + '|')
     for folder in folders:
         with open(os.path.join(folder, 'config.json')) as f:
             config = json.load(f)
         args = train.check(train.parse(['--task', config['task'], '--eval_n', str(n), '--device', 'cpu']))
         model, tokenizer = load(os.path.join(folder, 'model'))
-        model.eval()
-        pairs = sorted(train.Problems(args, tokenizer, args.task, 'test').first(n), key=lambda pair: len(pair[0]))
+        pairs = train.Problems(args, tokenizer, args.task, 'test').first(n)
+        calls, seconds, base = [], [], None
+        generate = grpo.generate
+
+        def timed(*tensors, **knobs):
+            began = time.perf_counter()
+            completion_ids = generate(*tensors, **knobs)
+            seconds.append(time.perf_counter() - began)
+            return completion_ids
         modes = {'exact': {}, 'cache': dict(cache=True)}
         for t in thresholds:
             modes |= {f'threshold {t}': dict(threshold=t), f'cache, threshold {t}': dict(cache=True, threshold=t)}
-        calls, base = [], None
         model.wte.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
         for mode, knobs in modes.items():
-            calls.clear()
-            seconds, graded, tokens = 0, [], 0
-            for first in range(0, len(pairs), args.eval_batch):
-                batch = pairs[first:first + args.eval_batch]
-                ids, seen, _ = pad([(prompt, []) for prompt, _ in batch], 0, model.config.eos_id)
-                began = time.perf_counter()
-                completion_ids = generate(model, ids, length, args.block_length, length // 2, attention_mask=seen, **knobs)
-                seconds += time.perf_counter() - began
-                mask = completion_mask(completion_ids, model.config.end_ids)
-                texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(completion_ids, mask)]
-                graded += train.grades(args.task, texts, [example for _, example in batch])
-                # a row stops behind the block in which it has ended
-                tokens += int((-(-mask.sum(1) // args.block_length) * args.block_length).sum())
-            s = rewards.summary([dict(effective_tokens=0, **grade) for grade in graded])
+            calls.clear(), seconds.clear()
+            with mock.patch.object(grpo, 'generate', timed):
+                graded = train.answers(argparse.Namespace(**{**vars(args), **knobs}), model, tokenizer, args.task, pairs, length)
+            # a row stops behind the block in which it has ended
+            tokens = sum(-(-g['effective_tokens'] // args.block_length) * args.block_length for g in graded)
+            s = rewards.summary(graded)
             spread = 1.96 * statistics.stdev(g['reward'] for g in graded) / n ** 0.5
             forwards = sum(calls) / n  # a sequence's
-            base = base if mode != 'exact' else (seconds, forwards)
-            print(f'| {os.path.basename(folder.rstrip("/"))} | {mode} | {seconds:.2f} | {base[0] / seconds:.2f} | {forwards:.1f} | '
+            base = base or (sum(seconds), forwards)
+            print(f'| {os.path.basename(folder.rstrip("/"))} | {mode} | {sum(seconds):.2f} | {base[0] / sum(seconds):.2f} | {forwards:.1f} | '
                   f'{base[1] / forwards:.2f} | {tokens / n / forwards:.2f} | {100 * s["accuracy"]:.1f} [{100 * s["low"]:.1f}, '
                   f'{100 * s["high"]:.1f}] | {s["reward"]:.3f} +- {spread:.3f} |', flush=True)
 

@@ -205,16 +205,13 @@ def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(whole):
 
 @pytest.mark.parametrize('flags, knobs', [('', (False, 0, 0.0)), ('--cache --refresh 3 --threshold 0.5', (True, 3, 0.5))])
 def test_faster_sampling_reaches_rollouts_and_evaluation(whole, tmp_path, monkeypatch, flags, knobs):
-    asked = {train: set(), grpo: set()}
-    def spy(module, generate):
-        def spied(*tensors, **keys):
-            asked[module].add((keys['cache'], keys['refresh'], keys['threshold']))
-            return generate(*tensors, **keys)
-        monkeypatch.setattr(module, 'generate', spied)
-    for module in asked:
-        spy(module, module.generate)
+    asked, generate = set(), grpo.generate
+    def spied(*tensors, **keys):
+        asked.add(('temperature' in keys, keys['cache'], keys['refresh'], keys['threshold']))  # rollouts have a temperature
+        return generate(*tensors, **keys)
+    monkeypatch.setattr(grpo, 'generate', spied)
     run(whole, '--name', tmp_path.name, '--stages', 'grpo', '--grpo_steps', '1', *flags.split())
-    assert asked == {train: {knobs}, grpo: {knobs}}
+    assert asked == {(True, *knobs), (False, *knobs)}
 
 
 def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(whole):
