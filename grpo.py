@@ -33,12 +33,12 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     """
     mask, outside = completion_mask.float(), ~completion_mask.bool()
     A = advantages.unsqueeze(1)                                          # (B, 1)
-    ratio = (logps - old_logps).masked_fill(outside, 0).exp()            # (B, L); inf * 0 would be nan
+    ratio = (logps - old_logps).masked_fill(outside, 0).clamp(max=80).exp()  # (B, L), finite: inf * 0 would be nan
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     objective = torch.minimum(ratio * A, clipped * A)
     kl = torch.zeros_like(logps)
     if beta:
-        difference = (ref_logps - logps).masked_fill(outside, 0)
+        difference = (ref_logps - logps).masked_fill(outside, 0).clamp(max=80)
         kl = difference.exp() - difference - 1                           # k3 estimate, never negative
     per_token = beta * kl - objective
 

@@ -184,7 +184,8 @@ class ChunkedLogps(torch.autograd.Function):
         h, weight, targets = ctx.saved_tensors
         h_grad = torch.empty_like(h)
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, exps, sums, _ in ctx.only_chunk or ChunkedLogps.chunks(h, weight, targets):
+        only_chunk, ctx.only_chunk = ctx.only_chunk, None  # it is spent below; a second backward pass makes it again
+        for rows, exps, sums, _ in only_chunk or ChunkedLogps.chunks(h, weight, targets):
             g = grad[rows, None]
             logits_grad = exps.mul_(-g / sums).scatter_add_(1, targets[rows, None], g).to(h.dtype)  # g (one-hot - softmax)
             torch.mm(logits_grad, weight, out=h_grad[rows])
@@ -461,7 +462,7 @@ def load(name, dtype=torch.float32, device='cpu', seed=0):
     if name == 'nano':
         tokenizer = nano_tokenizer()
         config = Config(mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-                        embedding_size=len(tokenizer))
+                        embedding_size=len(tokenizer), rest=dict(nano=True))
         return number_waves(LLaDA(config).init_weights(seed), tokenizer).to(device, dtype), tokenizer
     model = LLaDA.from_pretrained(name, dtype, device)
     return model, load_tokenizer(name, model.config)

@@ -621,9 +621,7 @@ def tagged(thought, reply):
     return f'{reasoning}<answer>\n{reply}\n</answer>'
 
 
-REMARKS = ['So that is it.', 'I think so.', 'It must be less than that.', 'They can each have some of it now.', 'How much more?',
-           'We find out next week if it is so.', 'Then he will pay it back.', 'Not all of them were there.', 'She had it on Tuesday.',
-           'One is left over.']
+REMARKS = ['So that is it.', 'I think so.', 'It must be.']
 
 
 def demonstration(example, rng, thinkers):

@@ -39,6 +39,20 @@ def add_noise(answers, mask_id, generator=None, t_min=0.0):
     return answers.masked_fill(masked, mask_id), masked, t
 
 
+def add_base_noise(answers, mask_id, generator=None, width=8):
+    """The nano base's noise: answers (B, L) -> noisy (B, L), masked (B, L) bool, t = 1, for the loss has no weights.
+
+    Even rows have SFT's noise, with t ~ U(0.3, 1). Odd rows look as they do to the sampler: masks begin at a random
+    place, within `width` tokens, so that most sums are learnt with their numbers in sight.
+    """
+    B, L = answers.shape
+    _, masked, t = add_noise(answers, mask_id, generator, t_min=0.3)
+    place = torch.rand((B, 1), device=answers.device, generator=generator) * (L + width) - width
+    places = place + width * torch.rand((B, L), device=answers.device, generator=generator)
+    masked[1::2] = (torch.arange(L, device=answers.device) > places)[1::2]
+    return answers.masked_fill(masked, mask_id), masked, torch.ones_like(t)
+
+
 def masked_loss(logps, masked, t, num_tokens):
     """Sum of -logps/t over the masked tokens, divided by num_tokens, the answers' tokens in all."""
     return -(logps / t)[masked].sum() / num_tokens
@@ -54,17 +68,15 @@ def sft_loss(logits, labels, t, num_prompt_tokens=0):
     return masked_loss(logps, labels != -100, t.expand_as(logps), labels.numel() - num_prompt_tokens)
 
 
-def sft_backward(model, pairs, length, config, generator, micro_batch, rank=0, world=1, pretrain=False):
+def sft_backward(model, pairs, length, config, generator, micro_batch, rank=0, world=1, noise=add_noise):
     """Adds the gradient of one batch's loss and returns this process' part of the loss.
 
     pairs: [(prompt ids, answer ids)], the same on every process; each takes every world-th row, in
-    micro-batches, and its gradients are to be averaged over the processes. pretrain draws t from U(0.3, 1) and
-    leaves out the 1/t: with that a nano base needs half of the updates to learn its sums.
+    micro-batches, and its gradients are to be averaged over the processes. noise: add_noise or add_base_noise.
     """
     device = next(model.parameters()).device
     ids, attention_mask, P = pad(pairs, length, config.eos_id, device)
-    noisy, masked, t = add_noise(ids[:, P:], config.mask_id, generator, 0.3 if pretrain else 0.0)
-    t = torch.ones_like(t) if pretrain else t
+    noisy, masked, t = noise(ids[:, P:], config.mask_id, generator)
     total = 0.0
     for rows in torch.arange(rank, len(ids), world, device=device).split(micro_batch):
         logps = model(torch.cat((ids[rows, :P], noisy[rows]), 1),

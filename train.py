@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import hashlib
 import functools
-import io
 import json
 import math
 import os
@@ -25,6 +24,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,7 +41,7 @@ from grpo import complete, fixed_logps, group_advantages, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
 from model import LLaDA, add_lora, load, lora_off, merge_lora, read_json
 from sample import chat, check_lengths, check_speed, parser
-from sft import Muon, pad, sft_backward
+from sft import Muon, add_base_noise, add_noise, pad, sft_backward
 
 # Every flag, its default for the nano model and for LLaDA, and what it is (with the paper's symbol).
 FLAGS = [
@@ -112,7 +115,8 @@ FLAGS = [
 # Settings that one task has of its own, and the nano model on real text, which is longer.
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
 TASK_PRESETS = {
-    'nano': {},
+    # thinkers: so many that rollouts of the base think now and then, its greedy answers seldom
+    'nano': {'math': dict(thinkers=0.5), 'sudoku': dict(thinkers=0.25)},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
@@ -137,7 +141,9 @@ def parse(argv):
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(nano, bool) else dict(type=type(nano))
         group.add_argument(f'--{name}', default=None, help=f'{text} [{default}]'.replace('%', '%%'), **kind)
     given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not None}
-    world = 'nano' if given.get('model', 'nano') == 'nano' else 'LLaDA'
+    model = given.get('model', 'nano')  # a folder of ours may hold a trained nano model
+    nano = model == 'nano' or os.path.isdir(model) and 'nano' in read_json(model, 'config.json')
+    world = 'nano' if nano else 'LLaDA'
     settings = {row[0]: row[1] if world == 'nano' else row[2] for row in FLAGS if len(row) > 1}
     for name, value in given.items():
         most = 1 if name in SHARES else math.inf
@@ -148,7 +154,7 @@ def parse(argv):
     settings.update(TASK_PRESETS[world].get(given.get('task', settings['task']), {}))
     if world == 'nano' and given.get('data'):
         settings.update(NANO_DATA_PRESET)
-    return argparse.Namespace(**{**settings, **given})
+    return argparse.Namespace(**{**settings, **given}, world=world)
 
 
 def check(args):
@@ -160,6 +166,8 @@ def check(args):
         for choice in value.split(',') if name in ('task', 'stages', 'lora_targets') else [value]:
             if choice not in known:
                 raise ValueError(f'--{name} {choice!r} is unknown: choose from {", ".join(known)}')
+    if args.stages == 'grpo,sft' or any(len(set(names)) < len(names) for names in (args.task.split(','), args.stages.split(','))):
+        raise ValueError(f'--task {args.task} --stages {args.stages}: name each once, sft before grpo')
     args.tasks, args.stages = args.task.split(','), args.stages.split(',')
     check_lengths(args.gen_length, args.block_length, args.steps)
     check_speed(args.cache, args.refresh, args.threshold, args.remasking)
@@ -178,8 +186,10 @@ def check(args):
         if files != [''] and len(files) != len(args.tasks):
             raise ValueError(f'--{name} names {len(files)} files for {len(args.tasks)} tasks: give one for each, in the '
                              "tasks' order, such as a.jsonl,,c.csv (empty: the task's own data)")
-    if args.model == 'nano' and args.data and not args.eval_data:
+    if args.world == 'nano' and args.data and not args.eval_data:
         raise ValueError('--data without --eval_data would test on the built-in problems: give both')
+    if args.world == 'nano' and not args.eval_n and not args.eval_data:
+        raise ValueError('--eval_n 0 means all test problems, and built-in ones have no end: give a number')
     args.device = args.device or ('cuda' if torch.cuda.is_available() else
                                   'mps' if torch.backends.mps.is_available() else 'cpu')
     dtype = getattr(torch, args.dtype)
@@ -190,7 +200,7 @@ def check(args):
     except (RuntimeError, AssertionError, TypeError) as e:
         raise ValueError(f'--device {args.device} is not usable here ({str(e).splitlines()[0]}): try --device cpu') from None
     args.name = args.name or '-'.join([os.path.basename(args.model.rstrip('/')), args.task.replace(',', '+'),
-                                       '+'.join(args.stages), f'seed{args.seed}'])
+                                       'eval' if args.eval_only else '+'.join(args.stages), f'seed{args.seed}'])
     if args.name != os.path.basename(args.name) or args.name in ('.', '..'):
         raise ValueError(f'--name {args.name} is no name of a folder in --out')
     parents = os.path.abspath(args.out)
@@ -283,7 +293,7 @@ class Problems:
         self.task, self.part, self.seed, self.tokenizer = task, part, args.seed, tokenizer
         path = file_of(args, task, part)
         self.rows = None
-        if args.model != 'nano' or path:
+        if args.world != 'nano' or path:
             pairs = [(self.encode(row), row) for row in rewards.load_examples(task, path or source, part)]
             self.rows = [pair for pair in pairs if len(pair[0]) <= args.max_prompt]
             if len(self.rows) < len(pairs):
@@ -292,6 +302,8 @@ class Problems:
             if not self.rows:
                 raise ValueError(f'{task}: no prompt fits --max_prompt {args.max_prompt}: raise it')
             self.row = endless(self.rows, args.seed, task)
+        elif (longest := max(len(self.draw(i)[0]) for i in range(100))) > args.max_prompt:
+            raise ValueError(f'{task}: built-in prompts have up to {longest} tokens, --max_prompt {args.max_prompt}: raise it')
 
     def encode(self, example):
         return chat(self.tokenizer, rewards.prompt(self.task, example))
@@ -321,7 +333,7 @@ def test_sets(args, tokenizer):
     sets = {}
     for task in args.tasks:
         hub, named = rewards.TASKS[task].datasets[1], {task: None}
-        if args.model != 'nano' and not file_of(args, task, 'test') and len(hub) > 1:
+        if args.world != 'nano' and not file_of(args, task, 'test') and len(hub) > 1:
             named = {f'{task}-{os.path.basename(source[0])}': source for source in hub}
         for name, source in named.items():
             sets[name] = Problems(args, tokenizer, task, 'test', source).first(args.eval_n)
@@ -342,7 +354,7 @@ def base_batch(args, tokenizer, sources, step):
 
 def sft_pairs(args, tokenizer):
     """All SFT pairs [(prompt ids, answer ids)]: clean traces of small built-in problems, or s1K."""
-    if args.model == 'nano' and not args.sft_data:
+    if args.world == 'nano' and not args.sft_data:
         traces = [rewards.clean_trace(task, random_stream('sft', task, i))
                   for i in range(args.sft_problems) for task in args.tasks]
     else:
@@ -397,7 +409,7 @@ def constant_scores(args, tokenizer, tests):
     for name, pairs in tests.items():
         text = rewards.tagged('', task_of(name).trivial)
         graded = grades(name, [text] * len(pairs), [example for _, example in pairs])
-        tokens = len(tokenizer(text)['input_ids'])
+        tokens = len(tokenizer(text, add_special_tokens=False)['input_ids']) + 1  # the end counts
         row = rewards.summary([dict(effective_tokens=tokens, **grade) for grade in graded])
         scores[name] = {str(length): row for length in args.eval_lengths}
     return scores
@@ -425,21 +437,21 @@ def progress_bar(items, label, **more):
     return tqdm(items, label, disable=None if rank() == 0 else True, **more)  # None: no bar in a file
 
 
-def write(path, data):
-    """Writes bytes to a file so that, whatever happens, either the old or the new content is there, whole."""
+def write(path, fill):
+    """Has fill(file) write a file so that, whatever happens, either the old or the new content is there, whole."""
     if rank():
         return
     try:
         with open(path + '.new', 'wb') as f:
-            f.write(data)
+            fill(f)
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e:  # a full disk does not say where
-        raise OSError(e.errno, e.strerror, path + '.new') from None
+    except (OSError, RuntimeError) as e:  # a full disk does not say where; torch.save has errors of its own
+        raise OSError(f'{path}.new cannot be written ({e})') from None
     os.replace(path + '.new', path)
 
 
-def write_json(path, value): write(path, json.dumps(value, indent=1).encode())
+def write_json(path, value): write(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 
 def append(path, row):
@@ -456,9 +468,7 @@ def save(path, model, optimizers=(), **progress):
     """Trainable weights, optimizer states and progress into one file; every process takes part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, states = get_state_dict(model, optimizers, options=options)
-    buffer = io.BytesIO()
-    torch.save(dict(weights=weights, states=states, progress=progress), buffer)
-    write(path, buffer.getbuffer())
+    write(path, lambda f: torch.save(dict(weights=weights, states=states, progress=progress), f))
 
 
 def restore(path, model, optimizers=(), stage=None):
@@ -511,6 +521,7 @@ class Run:
     def interrupt(self, *_):
         """Ctrl-C: the run ends after this step; the next Ctrl-C ends it at once."""
         self.stop = True
+        say('stopping after this step; Ctrl-C again stops at once, without saving')
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def end_step(self, args, stage, step, steps, model, optimizers):
@@ -556,7 +567,7 @@ def train_sft(args, run, stage, model, optimizers, draw, steps, length, max_grad
         torch.manual_seed(random_stream(args.seed, stage, step, rank()).getrandbits(63))  # of LoRA's dropout
         model.train()
         loss = sft_backward(net, draw(step), length, model.config, torch_stream(model.device, args.seed, stage, step),
-                            args.micro_batch, rank(), world_size(), pretrain=stage == 'base')
+                            args.micro_batch, rank(), world_size(), add_base_noise if stage == 'base' else add_noise)
         loss = sum(gather([loss])) / world_size()
         norm = update(model, optimizers, max_grad_norm, run, loss)
         bar.set_postfix(loss=f'{loss:.3f}')
@@ -573,7 +584,7 @@ def train_grpo(args, run, model, tokenizer, sources):
     net, optimizers = replicated(model), [adamw(model, args.learning_rate, args.weight_decay)]
     start = run.begin('grpo', model, optimizers)
     optimizers[0].param_groups[0]['lr'] = args.learning_rate  # the checkpoint may have had another
-    for step in range(start, args.grpo_steps):                                                              # 2
+    for step in progress_bar(range(start, args.grpo_steps), 'grpo', initial=start, total=args.grpo_steps):  # 2
         began, rollouts = time.time(), []
         torch.manual_seed(random_stream(args.seed, 'grpo', step, rank()).getrandbits(63))  # of LoRA's dropout
         old_policy = unsharded(model)                                                                       # 3
@@ -648,20 +659,26 @@ def nano_base(args):
     model, tokenizer = load('nano', device=args.device)
     corpus = argparse.Namespace(**{**vars(args), 'seed': 0, 'eval_data': ''})
     sources = [Problems(corpus, tokenizer, task, 'train') for task in args.tasks]
+    for source in sources:
+        if source.rows and 'wrong' not in source.rows[0][1]:  # a file that shows no solutions and no guesses
+            source.rows = None  # the built-in problems do
     draw = lambda step: base_batch(corpus, tokenizer, sources, step)
     settings = [(k, v) for k, v in vars(args).items() if k.startswith('base_')]
     made_of = [draw(0), draw(args.base_steps - 1), str(model), args.gen_length, args.textbook, settings]
     corpus.name = f"base-{'+'.join(args.tasks)}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
     run = Run(corpus)
     folder = os.path.join(run.folder, 'model')
-    if not all(gather([os.path.exists(folder)])):  # then all processes train it together
-        say(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} weights, kept in {folder}')
-        os.makedirs(run.folder, exist_ok=True)
-        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-        rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-        optimizers = [Muon(matrices), torch.optim.AdamW(rest, args.base_learning_rate, (0.9, 0.95), weight_decay=0.0)]
-        train_sft(corpus, run, 'base', model, optimizers, draw, args.base_steps, args.gen_length, 1.0)
-        save_model(folder, model, tokenizer)
+    os.makedirs(run.folder, exist_ok=True)
+    with open(os.path.join(run.folder, 'lock'), 'w') as lock:
+        if rank() == 0 and fcntl:  # a second run that needs this base waits for the first; freed when a process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(gather([os.path.exists(folder)])):  # then all processes train it together
+            say(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} weights, kept in {folder}')
+            matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+            rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+            adam = torch.optim.AdamW(rest, args.base_learning_rate, (0.9, 0.95), weight_decay=0.0)
+            train_sft(corpus, run, 'base', model, [Muon(matrices), adam], draw, args.base_steps, args.gen_length, 1.0)
+            save_model(folder, model, tokenizer)
     gather([])  # all wait for process 0
     return folder
 
@@ -685,7 +702,8 @@ def train_stage(args, run, stage, model, tokenizer, sources, pairs):
     """One stage from the weights before it to the weights after it, kept in out/NAME/STAGE.pt."""
     after = os.path.join(run.folder, f'{stage}.pt')
     if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','))
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(','),
+                 random_stream(args.seed, 'lora', stage).getrandbits(63))
     if os.path.exists(after):
         restore(after, model)
     else:
@@ -723,7 +741,8 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype)
     weights_dtype = dtype if args.lora_rank or args.eval_only else torch.float32
     model, tokenizer = load(args.model, weights_dtype, args.device)
-    longest = args.max_prompt + max(args.gen_length, *args.eval_lengths, args.sft_length if 'sft' in args.stages else 0)
+    trained = [] if args.eval_only else [args.gen_length] + [args.sft_length] * ('sft' in args.stages)
+    longest = args.max_prompt + max(args.eval_lengths + trained)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, the model ends at '
                          f'{model.config.max_sequence_length}: lower --max_prompt, --gen_length, --eval_lengths or '
@@ -802,6 +821,11 @@ def run(argv=None):
         time.sleep(10 * (rank() > 0))  # when process 0 says it too, torchrun ends the others meanwhile: one line, not eight
         hint = ': mend that; a run that has begun goes on with --resume' if isinstance(e, OSError) else ''  # a full disk
         sys.exit(print(f'train.py: {e}{hint}', file=sys.stderr) or 2)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and 'allocate memory' not in str(e):
+            raise
+        sys.exit(print('train.py: the memory is too small: lower --num_generations, --micro_batch or --eval_batch, or give '
+                       '--gradient_checkpointing', file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print('stopped; the same command with --resume goes on', file=sys.stderr) or 130)
     finally:

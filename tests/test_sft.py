@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from model import LLaDA
-from sft import Muon, add_noise, masked_loss, pad, sft_backward, sft_loss
+from sft import add_base_noise, add_noise, masked_loss, Muon, pad, sft_backward, sft_loss
 from tiny import EOS, GOLDEN, MASK, V, assert_same, grad_norm, gradients, needs_shared, says, tiny, tokens
 
 
@@ -233,14 +233,23 @@ def test_muon_trains():
     assert sum(losses[-20:]) < sum(losses[:20]) / 3
 
 
-def test_pretraining_noise_begins_at_its_least_t_and_is_not_weighed():
-    noisy, masked, t = add_noise(torch.zeros(4000, 4, dtype=torch.long), 1, torch.Generator().manual_seed(0), t_min=0.3)
-    assert 0.3 < t.min() < 0.31 and 0.999 < t.max() <= 1 and abs(t.mean() - 0.65) < 0.01
-    assert abs(masked.float().mean() - 0.65) < 0.02
+def test_base_noise_is_half_sfts_and_half_what_the_sampler_sees():
+    answers = torch.zeros(4000, 32, dtype=torch.long)
+    noisy, masked, t = add_base_noise(answers, 1, torch.Generator().manual_seed(0))
+    assert (t == 1).all() and torch.equal(noisy, masked.long())
+    shares = masked[::2].float().mean(1)
+    assert shares.min() > 0.05 and abs(shares.mean() - 0.65) < 0.02  # t ~ U(0.3, 1), wherever in the text
+    assert abs(masked[::2, 0].float().mean() - 0.65) < 0.03
+    for row in masked[1::2]:  # nothing is masked in front of some place, all from `width` tokens behind it
+        first = row.long().argmax().item() if row.any() else 32
+        assert row[first + 8:].all()
+    assert masked[1::2].all(1).any() and masked[1::2, 31].float().mean() > 0.8
 
+
+def test_base_noise_is_not_weighed():
     model, pairs = tiny(), [([5, 6], [7, 8, 9]), ([6, 7], [8])]
-    loss = sft_backward(model, pairs, 4, model.config, torch.Generator().manual_seed(1), 2, pretrain=True)
+    loss = sft_backward(model, pairs, 4, model.config, torch.Generator().manual_seed(1), 2, noise=add_base_noise)
     ids, _, P = pad(pairs, 4, model.config.eos_id)
-    noisy, masked, _ = add_noise(ids[:, P:], model.config.mask_id, torch.Generator().manual_seed(1), t_min=0.3)
+    noisy, masked, _ = add_base_noise(ids[:, P:], model.config.mask_id, torch.Generator().manual_seed(1))
     logits = model(torch.cat((ids[:, :P], noisy), 1))[:, P:]
     assert loss == pytest.approx(F.cross_entropy(logits[masked], ids[:, P:][masked], reduction='sum').item() / 8, rel=1e-5)
