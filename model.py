@@ -23,6 +23,7 @@ ARCHITECTURE = dict(activation_type='silu', alibi=False, attention_layer_norm=Fa
                     input_emb_norm=False, layer_norm_type='rms', layer_norm_with_affine=True, model_type='llada',
                     rope=True, rope_full_precision=True, scale_logits=False, weight_tying=False,
                     attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)
+REMOTE_CODE = 'GSAI-ML/LLaDA-8B-Instruct'  # where transformers finds the classes that auto_map names
 # Logits held when only log-probs are wanted: 256 MB in float32; more are made again in the backward pass.
 LOGITS_AT_ONCE = 2 ** 26
 
@@ -56,22 +57,33 @@ class Config:
 
     @classmethod
     def from_dict(cls, keys):
-        """The Config of a config.json's keys; raises ValueError on a switch that is not implemented."""
+        """The Config of a config.json's keys; raises ValueError on a switch or a value that is not implemented."""
         for name, value in ARCHITECTURE.items():
             if keys.get(name, value) != value:
                 raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is implemented')
         own = [name for name in cls.__dataclass_fields__ if name not in ('rest', 'end_ids')]
         if missing := [name for name in own if name not in keys]:
             raise ValueError(f'config.json has no {", ".join(missing)}: is this the folder of a LLaDA model?')
-        mask_id, eos_id, size = (keys[name] for name in ('mask_token_id', 'eos_token_id', 'embedding_size'))
+        config = cls(**{name: keys[name] for name in own}, rest={k: v for k, v in keys.items() if k not in own})
+        for name in own:
+            value, kind = getattr(config, name), cls.__dataclass_fields__[name].type
+            if type(value) not in (int, kind) or not (name.endswith('_id') or 0 < value < math.inf):
+                raise ValueError(f'config.json has {name}={value!r}: it must be a positive {kind.__name__}')
+        mask_id, eos_id, size = config.mask_id, config.eos_id, config.embedding_size
         if mask_id == eos_id or not 0 <= min(mask_id, eos_id) <= max(mask_id, eos_id) < size:
             raise ValueError(f'config.json has mask_token_id={mask_id} and eos_token_id={eos_id} of {size} tokens')
-        return cls(**{name: keys[name] for name in own}, rest={k: v for k, v in keys.items() if k not in own})
+        if config.d_model % (2 * config.n_heads) or config.n_heads % config.n_kv_heads:  # rotary angles take pairs
+            raise ValueError(f'config.json has d_model={config.d_model}, n_heads={config.n_heads} and n_kv_heads='
+                             f'{config.n_kv_heads}: heads of an even size must fill d_model, n_kv_heads divide n_heads')
+        return config
 
     def to_dict(self):
         keys = asdict(self)
         del keys['end_ids']
         rest = keys.pop('rest')
+        if isinstance(rest.get('auto_map'), dict):  # its files stay behind: name the repository that has them
+            rest['auto_map'] = {k: f'{REMOTE_CODE}--{v}' if isinstance(v, str) and '--' not in v else v
+                                for k, v in rest['auto_map'].items()}
         return {**ARCHITECTURE, 'architectures': ['LLaDAModelLM'], 'vocab_size': self.embedding_size,
                 'pad_token_id': self.eos_token_id, **rest, **keys}
 
@@ -329,8 +341,8 @@ def weight_files(folder):
     names = ['model.safetensors']
     if os.path.exists(index):
         weight_map = read_json(folder, 'model.safetensors.index.json').get('weight_map')
-        if not weight_map:
-            raise ValueError(f'{index} has no weight_map: download it again')
+        if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+            raise ValueError(f'{index} has no weight_map from tensors to files: download it again')
         names = sorted(set(weight_map.values()))
     files = [os.path.join(folder, name) for name in names]
     if missing := [file for file in files if not os.path.exists(file)]:
@@ -484,6 +496,10 @@ def load_tokenizer(name, config):
                              f'{theirs} in its tokenizer')
     if not tokenizer.chat_template:
         raise ValueError(f'the tokenizer of {name} has no chat_template: is this the Instruct model?')
+    try:
+        tokenizer.apply_chat_template([dict(role='user', content='Hi')], add_generation_prompt=True, tokenize=False)
+    except Exception as e:  # jinja's types, or any that the template raises
+        raise ValueError(f'the chat_template of {name} does not work ({type(e).__name__}: {e})'.split('\n')[0]) from None
     config.end_ids = (config.eos_id, *(i for token, i in tokenizer.get_added_vocab().items()
                                        if token == '<|eot_id|>' and i != config.eos_id))
     return tokenizer

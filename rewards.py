@@ -118,7 +118,8 @@ def integer_answer(text):
 
 def gsm8k_correct(completion, example):
     """True if the first number of the answer equals the ground truth, a float (as in the official evaluation)."""
-    return number(final_answer(completion)) == example['answer']
+    found = number(final_answer(completion))
+    return found is not None and found == example['answer']  # the truth may be None: the official files have two
 
 
 def gsm8k_reward(completion, example):
@@ -191,9 +192,12 @@ def countdown_reward(completion, example):
 
 # --- sudoku ---
 
+PUZZLE = re.compile('(?<![0-9])(?=[1-4]*0)[0-4]{16}(?![0-9])')  # 0 = empty
+
+
 def sudoku_cells(completion, example):
     """Return the share of empty cells filled right, 0 to 1; 16 digits are read, missing ones are wrong (official)."""
-    puzzle = re.search(r'(?<![0-9])[0-4]{16}(?![0-9])', example['question'])[0]
+    puzzle = PUZZLE.search(example['question'])[0]
     filled = ''.join(c for c in final_answer(completion) if c in '0123456789')[:16].ljust(16, '0')
     right = [filled[i] == example['answer'][i] for i in range(16) if puzzle[i] == '0']
     return sum(right) / len(right)
@@ -417,7 +421,7 @@ def column(row, name, kind=str):
         raise KeyError(f'no column {name!r} (there are {", ".join(map(str, row))})')
     if not isinstance(row[name], kind):
         raise ValueError(f'column {name!r} holds {str(row[name])[:40]!r}, not {kind.__name__}')
-    if kind is str and row[name] != row[name].encode(errors='replace').decode():  # no tokenizer takes a lone surrogate
+    if kind is str and row[name] != row[name].encode(errors='replace').decode():  # a lone surrogate: no tokenizer takes it
         raise ValueError(f'column {name!r} holds {row[name][:40]!r}, no valid text')
     return row[name]
 
@@ -427,8 +431,9 @@ def gsm8k_row(row):
     question, (work, marker, final) = column(row, 'question'), column(row, 'answer').rpartition('####')
     if not marker or number(final) is None:
         raise ValueError("column 'answer' does not end in #### and a number")
-    return {'question': question, 'answer': number(final), 'solution': '\n'.join(re.findall('<<([^<>]*)>>', work)) or work.strip(),
-            'reply': final.strip(), 'wrong': (re.findall(DIGITS, question) or ['0'])[-1]}
+    steps = '\n'.join(re.findall('<<([^<>]*)>>', work)) or work.strip()
+    return {'question': question, 'answer': number(final), 'solution': steps, 'reply': final.strip(),
+            'wrong': (re.findall(DIGITS, question) or ['0'])[-1]}
 
 
 def math_row(row):
@@ -469,7 +474,7 @@ def code_row(row):
         setup, tests = question.partition(f'def {name}(')[0], [f"{column(row, 'test')}\ncheck({name})"]
     elif 'test_list' in row:
         question, tests = column(row, 'text' if 'text' in row else 'prompt'), column(row, 'test_list', list)
-        setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
+        setup = '\n'.join([row.get('test_setup_code') or '', *(row.get('test_imports') or [])])
         question = '\n'.join([question, 'It has to pass:', *tests])
     else:
         question, (name, tests) = column(row, 'question'), pytest_functions(column(row, 'test'))
@@ -498,7 +503,8 @@ def s1k_row(row):
     answer = column(row, 'attempt' if 'attempt' in row else 'solution')
     if not thoughts or not isinstance(thoughts[0], str):
         raise ValueError("column 'thinking_trajectories' holds no text")
-    return S1K_PROMPT + column(row, 'question'), '\n'.join([TAGS[0], thoughts[0].strip(), TAGS[1], TAGS[2], answer.strip(), TAGS[3]])
+    completion = '\n'.join([TAGS[0], thoughts[0].strip(), TAGS[1], TAGS[2], answer.strip(), TAGS[3]])
+    return S1K_PROMPT + column(row, 'question'), completion
 
 
 def part_of(key, small):
@@ -692,7 +698,7 @@ def prompt(task_name, example):
 def json_lines(path):
     """Return the objects of a JSON-lines file (may be .gz); ValueError names the line that holds none."""
     items = []
-    with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8', errors='replace') as file:
+    with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8-sig', errors='replace') as file:
         for i, line in enumerate(file, 1):
             try:
                 items += [json.loads(line)] if line.strip() else []
@@ -726,7 +732,7 @@ def load_rows(sources, from_row):
         for i, row in enumerate(read_rows(source, config, split), 1):
             try:
                 found.append(from_row(row))
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f'{source}, row {i}: {error.args[0]}; expected {from_row.__doc__}') from None
     found = [item for item in found if item is not None]
     if not found:
@@ -775,33 +781,53 @@ def wilson(k, n):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-ANSWER_FORMS = {'gsm8k': r'-?[0-9.]+', 'math': r'.*', 'countdown': r'\[\[[0-9, ]+\], [0-9]+\]',
-                'sudoku': r'[1-4]{16}', 'code': r"\{.*'tests'.*\}"}
+TEXT = r'"(?:[^"\\]|\\.)*"'
+ANSWER_FORMS = {  # the ground truths as JSON
+    'gsm8k': rf'-?[0-9].*|null|"{NUMBER.pattern}"', 'math': TEXT, 'countdown': r'\[\[[0-9]+(, [0-9]+)*\], [0-9]+\]',
+    'sudoku': '"[1-4]{16}"',
+    'code': rf'\{{"entry_point": (null|{TEXT}), "setup": {TEXT}, "tests": \[{TEXT}(, {TEXT})*\]\}}'}
+
+
+def generation(task_name, item):
+    """Return a saved item whose answer the task can compare; KeyError or ValueError if it cannot be scored."""
+    answer = json.dumps(column(item, 'answer', object), sort_keys=True)
+    if not re.fullmatch(ANSWER_FORMS[task_name], answer):
+        raise ValueError(f'{answer[:60]} is no answer of the task {task_name}')
+    column(item, 'completion')
+    column({'effective_tokens': 0, **item}, 'effective_tokens', int)
+    if not PUZZLE.search(column(item, 'question')) and task_name == 'sudoku':
+        raise ValueError("column 'question' holds no 4x4 puzzle of 16 digits (0 = empty)")
+    return {**item, 'answer': number(answer)} if task_name == 'gsm8k' and answer[0] == '"' else item
 
 
 def load_generations(task_name, path):
-    """Return saved items, dicts with question, completion and answer: the official JSON layout or our samples.jsonl."""
+    """Return saved items, dicts with question, completion and answer: the official JSON layout or our samples.jsonl.
+
+    Rows that are another task's by a column 'task' are left out; ValueError names the item that cannot be scored.
+    """
     try:
         if path.endswith('.json'):
-            with open(path, encoding='utf-8') as file:
+            with open(path, encoding='utf-8-sig') as file:
                 items = [{**item, 'completion': item['generations'], 'answer': item['ground_truth']}
                          for item in json.load(file)['generations']]
         else:
             items = read_rows(path)
-        for item in items:
-            if not re.fullmatch(ANSWER_FORMS[task_name], str(item['answer']), re.DOTALL):
-                raise ValueError(f"{path}: {str(item['answer'])[:60]!r} is no answer of the task {task_name}")
-            column(item, 'completion'), column(item, 'question')
-        return list(items)
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f'{path}: neither the official JSON layout nor our samples.jsonl ({error})') from None
+    found = []
+    for i, item in enumerate(items, 1):
+        try:
+            found += [generation(task_name, item)] if item.get('task', task_name) == task_name else []
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f'{path}, item {i}: {error.args[0]}') from None
+    return found
 
 
 def score(task_name, paths):
     """Print accuracy with its interval, mean reward and mean length over all generations in some files."""
     task, items = TASKS[task_name], [item for path in paths for item in load_generations(task_name, path)]
     if not items:
-        raise ValueError(f'{" ".join(paths)}: no generations')
+        raise ValueError(f'{" ".join(paths)}: no generations of the task {task_name}')
     counted = all('effective_tokens' in item for item in items)
     for item in items:
         text = item['completion']

@@ -207,7 +207,7 @@ if __name__ == '__main__':
     p.add_argument('--cache', action='store_true', help='keys and values outside the block are kept within it; not exact')
     p.add_argument('--refresh', type=int, default=0, help='steps between refreshes of the cache (0 = once a block)')
     p.add_argument('--threshold', type=float, default=0.0, help='commit every token this sure, instead of a fixed number')
-    p.add_argument('--seed', type=int, default=0, help='of the built-in problem')
+    p.add_argument('--seed', type=int, default=0, help='of the built-in problem and of the noise')
     try:
         a = p.parse_args()
         a.steps = a.steps or a.gen_length // 2
@@ -219,9 +219,10 @@ if __name__ == '__main__':
         check_speed(a.cache, a.refresh, a.threshold, 'low_confidence')
         place = (torch.bfloat16, 'cuda') if torch.cuda.is_available() else (torch.float32, 'cpu')
         model, tokenizer = load(a.model or last_model(a.out), *place)
+        generator = torch.Generator(model.device).manual_seed(a.seed)
         example = dict(question=a.prompt) if a.prompt else rewards.make(a.task, random.Random(a.seed), 'test')
         show(model.eval(), tokenizer, rewards.prompt(a.task, example), gen_length=a.gen_length,
              block_length=a.block_length, steps=a.steps, temperature=a.temperature, cache=a.cache,
-             refresh=a.refresh, threshold=a.threshold)
+             refresh=a.refresh, threshold=a.threshold, generator=generator)
     except (ValueError, OSError) as e:
         sys.exit(print(f'sample.py: {e}', file=sys.stderr) or 2)

@@ -24,6 +24,8 @@ FILES = {
     'column.jsonl': json.dumps(dict(question='q')) + '\n',
     'type.jsonl': json.dumps(ROW) + '\n' + json.dumps({**ROW, 'question': 5}) + '\n',
     'marker.jsonl': json.dumps({**ROW, 'answer': '4'}) + '\n',
+    'mbpp.jsonl': json.dumps(dict(text='q', test_list=[1])) + '\n',
+    'mbpp_imports.jsonl': json.dumps(dict(text='q', test_list=['assert f(1)'], test_imports=5)) + '\n',
     'surrogate.jsonl': json.dumps({**ROW, 'question': '\ud800'}) + '\n',
     'empty.jsonl': '',
     'empty.csv': '',
@@ -39,6 +41,29 @@ FILES = {
     'begun/config.json': json.dumps(dict(beta=0.04, seed=0)),
     'spoilt/config.json': '{',
 }
+CODE = dict(tests=['assert f(1)'], entry_point='f', setup='')
+GOOD = dict(gsm8k=18.0, math='1', countdown=[[1, 2, 3], 6], sudoku='4321124334122134', code=CODE)
+ITEMS = [  # saved generations that cannot be scored, each behind one that can: task, what is changed, what the line says
+    ('gsm8k', dict(ground_truth='six'), '"six" is no answer of the task gsm8k'),
+    ('gsm8k', dict(ground_truth=[18]), 'is no answer'),
+    ('gsm8k', dict(effective_tokens='x'), "column 'effective_tokens' holds 'x', not int"),
+    ('gsm8k', dict(question=5), "column 'question' holds '5', not str"),
+    ('gsm8k', dict(generations=None), "column 'completion' holds 'None', not str"),
+    ('math', dict(ground_truth=5), '5 is no answer'),
+    ('math', dict(ground_truth=None), 'null is no answer'),
+    ('countdown', dict(ground_truth='[[1, 2, 3], 6]'), 'is no answer'),
+    ('sudoku', dict(ground_truth=4321124334122134), 'is no answer'),
+    ('sudoku', dict(question='Solve it'), "column 'question' holds no 4x4 puzzle"),
+    ('sudoku', dict(question=GOOD['sudoku']), "column 'question' holds no 4x4 puzzle"),
+    ('code', dict(ground_truth=str(CODE)), 'is no answer'),
+    ('code', dict(ground_truth=dict(tests=CODE['tests'], setup='')), 'is no answer'),
+    ('code', dict(ground_truth={**CODE, 'tests': 5}), 'is no answer'),
+    ('code', dict(ground_truth={**CODE, 'tests': [5]}), 'is no answer'),
+    ('code', dict(ground_truth={**CODE, 'setup': None}), 'is no answer'),
+]
+for i, (task, change, _) in enumerate(ITEMS):
+    item = dict(question='4320004330100004', generations='', ground_truth=GOOD[task])
+    FILES[f'item{i}.json'] = json.dumps(dict(generations=[item, {**item, **change}]))
 DATA = '--data F/good.jsonl --eval_data F/good.jsonl'  # F: the folder of FILES, M: one with the models of MODELS
 LLADA = f'{DATA} --sft_data F/trace.jsonl --device cpu --dtype float32 --model'
 MODELS = {  # what is changed in a folder that holds a whole model: a file and its new content, None = removed
@@ -49,6 +74,9 @@ MODELS = {  # what is changed in a folder that holds a whole model: a file and i
     'other_shape': ('config.json', lambda text: text.replace(b'"mlp_hidden_size": 384', b'"mlp_hidden_size": 383')),
     'no_json': ('config.json', b'{'),
     'no_tokenizer': ('tokenizer.json', None),
+    'list_index': ('model.safetensors.index.json', b'{"weight_map": ["model.safetensors"]}'),
+    'bad_template': ('chat_template.jinja', b'{% if %}'),
+    'text_width': ('config.json', lambda text: text.replace(b'"d_model": 128', b'"d_model": "128"')),
     'no_shard': ('model.safetensors.index.json', b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
 }
 NUMBERS = [row[0] for row in train.FLAGS if len(row) > 1 and type(row[1]) in (int, float)]
@@ -119,6 +147,8 @@ BAD = [
     ('--task countdown --eval_data F/nums.jsonl', 'row 1: .* is no list of whole numbers and a target'),
     ('--task sudoku --eval_data F/grid.csv', 'row 1: .* are no 4x4 puzzle'),
     ('--task code --eval_data F/good.jsonl', "row 1: no column 'test'"),
+    ('--task code --eval_data F/mbpp.jsonl', 'row 1: .* expected str instance, int found; expected Code'),
+    ('--task code --eval_data F/mbpp_imports.jsonl', 'row 1: .* must be an iterable, not int; expected Code'),
     ('--sft_data F/notrace.jsonl', "notrace.jsonl, row 1: column 'thinking_trajectories' holds no text"),
     ('--sft_data F/longtrace.jsonl', 'SFT has no trace whose prompt fits --max_prompt 64: raise it'),
     # models
@@ -131,6 +161,9 @@ BAD = [
     (f'{LLADA} M/other_shape', 'config.json asks for'),
     (f'{LLADA} M/no_weights', 'model.safetensors is missing'),
     (f'{LLADA} M/no_shard', 'model-00001-of-00002.safetensors is missing'),
+    (f'{LLADA} M/list_index', 'has no weight_map from tensors to files'),
+    (f'{LLADA} M/text_width', "config.json has d_model='128': it must be a positive int"),
+    (f'{LLADA} M/bad_template', 'the chat_template of .* does not work .TemplateSyntaxError'),
     (f'{LLADA} M/cut_weights', 'is no whole safetensors file'),
     (f'{LLADA} M/no_tokenizer', 'has no readable tokenizer'),
     (f'{LLADA} M/whole', 'make .* tokens, the model ends at 512'),
@@ -155,12 +188,14 @@ def places(tmp_path_factory):
         if change is None:
             (models / name / file).unlink()
         else:
-            (models / name / file).write_bytes(change((models / name / file).read_bytes()) if callable(change) else change)
+            path = models / name / file
+            path.write_bytes(change(path.read_bytes()) if callable(change) else change)
     return files, models
 
 
 def listing(*folders):
-    return sorted(os.path.join(folder, name) for top in folders for folder, _, names in os.walk(top) for name in ['', *names])
+    return sorted(os.path.join(folder, name) for top in folders for folder, _, names in os.walk(top)
+                  for name in ['', *names])
 
 
 def last_words(capsys, argv, start=train.run):
@@ -200,14 +235,16 @@ SCRIPTS = [  # O: an empty folder
     ('rewards.py gsm8k F', 'no such .jsonl, .json or .csv file'),
     ('rewards.py gsm8k F/cut.json', 'cut.json: neither the official JSON layout nor our samples.jsonl'),
     ('rewards.py gsm8k F/cut.jsonl', 'cut.jsonl, line 2: no JSON'),
-    ('rewards.py gsm8k F/column.jsonl', 'column.jsonl: neither the official JSON layout nor our samples.jsonl'),
+    ('rewards.py gsm8k F/column.jsonl', r"column.jsonl, item 1: no column 'answer' \(there are question\)"),
     ('rewards.py sudoku F/good.jsonl', "is no answer of the task sudoku"),
     ('rewards.py gsm8k F/empty.jsonl', 'no generations'),
+    *[(f'rewards.py {task} F/item{i}.json', f'item{i}.json, item 2: .*{says}') for i, (task, _, says) in enumerate(ITEMS)],
 ]
 
 
 @pytest.mark.parametrize('command, says', SCRIPTS)
-def test_bad_input_of_a_script_is_one_line_and_status_2_and_writes_nothing(places, tmp_path, monkeypatch, capsys, command, says):
+def test_bad_input_of_a_script_is_one_line_and_status_2_and_writes_nothing(places, tmp_path, monkeypatch, capsys, command,
+                                                                           says):
     parts = {'F': str(places[0]), 'M': str(places[1]), 'O': str(tmp_path)}
     script, *flags = (re.sub('^[FMO](?=/|$)', lambda found: parts[found[0]], word) for word in command.split())
     monkeypatch.setattr(sys, 'argv', [script, *flags])
@@ -243,4 +280,5 @@ def test_a_gpu_without_bfloat16_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, 'ones', lambda *size, device, dtype: ones(*size, dtype=dtype))  # a stand-in for a GPU
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda emulated: False)
     line = last_words(capsys, [*SMALL, '--out', str(tmp_path), '--device', 'cuda', '--dtype', 'bfloat16'])
-    assert line == ('train.py: --device cuda is not usable here (it has no bfloat16: give --dtype float32): try --device cpu')
+    assert line == ('train.py: --device cuda is not usable here (it has no bfloat16: give --dtype float32): '
+                    'try --device cpu')

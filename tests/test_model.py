@@ -1,5 +1,6 @@
 """What model.py claims: the published LLaDA exactly, folders that load or say why not, LoRA, the nano tokenizer."""
 import json
+import math
 import random
 import re
 import shutil
@@ -191,7 +192,8 @@ def test_8b_has_exactly_the_published_tensors():
 
 def saved(folder, dtype=torch.float32, **keys):
     model = tiny().to(dtype)
-    model.config.rest = dict(flash_attention=False, precision='amp_bf16', auto_map={'AutoModel': 'modeling.X'})
+    model.config.rest = dict(flash_attention=False, precision='amp_bf16',
+                             auto_map={'AutoConfig': 'modeling.X', 'AutoModel': 'other/repo--modeling.X'})
     model.save_pretrained(folder, **keys)
     return model
 
@@ -206,7 +208,9 @@ def test_round_trip_is_exact_and_keeps_the_config(tmp_path):
     first, second = (json.loads((tmp_path / f / 'config.json').read_text()) for f in 'ab')
     assert first == second
     assert ARCHITECTURE.items() <= first.items(), 'what other LLaDA software must know'
-    assert first['precision'] == 'amp_bf16' and first['auto_map'] and first['n_kv_heads'] == 2
+    assert first['precision'] == 'amp_bf16' and first['n_kv_heads'] == 2
+    assert first['auto_map'] == {'AutoConfig': 'GSAI-ML/LLaDA-8B-Instruct--modeling.X',
+                                 'AutoModel': 'other/repo--modeling.X'}
     assert set(load_file(tmp_path / 'a/model.safetensors')) == {PREFIX + name for name in model.state_dict()}
 
 
@@ -214,7 +218,18 @@ def test_round_trip_is_exact_and_keeps_the_config(tmp_path):
 def test_config_of_the_real_8b_survives_a_round_trip():
     keys = json.loads((SHARED / 'llada-8b/config.json').read_text())
     ours = Config.from_dict(keys).to_dict()
-    assert {name: ours[name] for name in keys} == keys
+    auto_map = {name: f'GSAI-ML/LLaDA-8B-Instruct--{value}' for name, value in keys['auto_map'].items()}
+    assert {name: ours[name] for name in keys} == {**keys, 'auto_map': auto_map}
+
+
+def test_transformers_looks_for_the_code_of_a_saved_folder_where_it_is(tmp_path, monkeypatch):
+    from transformers import AutoConfig, dynamic_module_utils
+    saved(tmp_path)
+    asked = []
+    monkeypatch.setattr(dynamic_module_utils, 'get_cached_module_file', lambda *args, **keys: asked.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert asked == [('GSAI-ML/LLaDA-8B-Instruct', 'modeling.py')]
 
 
 def test_bfloat16_shards_equal_the_single_file(tmp_path):
@@ -262,8 +277,14 @@ BROKEN = {  # what was done to the folder: (how, what the one line must name)
     'no rotary angles': (lambda f: edit_config(f, rope=False), 'rope=False'),
     'biases': (lambda f: edit_config(f, include_bias=True), 'include_bias=True'),
     'another activation': (lambda f: edit_config(f, activation_type='swiglu'), "activation_type='swiglu'"),
+    **{f'{name} {value!r}': (lambda f, keys={name: value}: edit_config(f, **keys), f'{name}={value!r}') for name, value in [
+        ('d_model', '32'), ('n_heads', 0), ('n_heads', 3), ('n_heads', 32), ('n_kv_heads', 3), ('n_layers', 2.5),
+        ('rope_theta', None), ('rope_theta', math.inf), ('max_sequence_length', '512'), ('mask_token_id', '1'),
+        ('mask_token_id', -1), ('eos_token_id', [0]), ('rms_norm_eps', -5), ('rms_norm_eps', True)]},
     'a config that is a list': (lambda f: (f / 'config.json').write_text('[]'), 'config.json'),
-    'an index without a map': (lambda f: (f / 'model.safetensors.index.json').write_text('{}'), 'index.json'),
+    **{f'an index with the map {text}': (lambda f, text=text: (f / 'model.safetensors.index.json').write_text(text),
+                                         'index.json has no weight_map') for text in
+       ('{}', '{"weight_map": {}}', '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1, "b": "c"}}')},
 }
 
 
@@ -484,6 +505,17 @@ def test_tokenizer_without_chat_template_is_refused(nano, tmp_path):
     (tmp_path / 'chat_template.jinja').unlink()
     with pytest.raises(ValueError, match='has no chat_template'):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize('template, says', [('{% if %}', 'TemplateSyntaxError'), ('{{ raise_exception("a\nb") }}', 'a'),
+                                            ('{{ messages.x.y }}', 'UndefinedError')])
+def test_chat_template_that_does_not_work_is_refused(nano, tmp_path, template, says):
+    nano[0].save_pretrained(tmp_path)
+    nano[1].save_pretrained(tmp_path)
+    (tmp_path / 'chat_template.jinja').write_text(template)
+    with pytest.raises(ValueError, match=f'the chat_template of .* does not work .*{says}') as error:
+        load(str(tmp_path))
+    assert '\n' not in str(error.value)
 
 
 def test_folder_without_tokenizer_is_one_line(tmp_path, asked):

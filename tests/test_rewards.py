@@ -1,6 +1,7 @@
 """What rewards.py claims: verdicts as the official evaluation's, rewards as the paper's, no harm from any text."""
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -117,7 +118,8 @@ def test_the_integer_part_wants_a_whole_ascii_number(answer, whole):
 
 @pytest.mark.parametrize('answer, value', [
     ('18', 18), ('$18', 18), ('\\boxed{18}', 18), ('\\boxed{18\\text{ eggs}}', 18), ('1,200 dollars', 1200), ('-3.5', -3.5),
-    ('1{,}200', 1200), ('\\boxed{}18', 18), ('.5', 0.5), ('18.', 18), ('1,2', 1), ('nan', None), ('inf', None), ('١٨', None)])
+    ('1{,}200', 1200), ('\\boxed{}18', 18), ('.5', 0.5), ('18.', 18), ('1,2', 1), ('nan', None),
+    ('inf', None), ('١٨', None)])
 def test_the_first_number_of_the_answer_counts(answer, value):
     assert rewards.number(rewards.final_answer(tagged(answer))) == value
 
@@ -131,6 +133,11 @@ def test_the_answer_stands_in_the_tags_or_else_in_the_last_box():
     assert rewards.final_answer(tagged('1') + '<|endoftext|>' + tagged('2')) == '1'
 
 
+def test_an_unknown_truth_is_never_right():
+    for text in ('', tagged(''), tagged('None'), tagged('18')):
+        assert TASKS['gsm8k'].correct(text, {**GSM8K, 'answer': None}) is False
+
+
 # --- math ---
 
 @pytest.mark.parametrize('truth, same', [
@@ -138,7 +145,8 @@ def test_the_answer_stands_in_the_tags_or_else_in_the_last_box():
     ('\\sqrt{3}', ['\\sqrt3', '$\\sqrt{3}$', '\\sqrt{3}\\text{ cm}', '\\sqrt{3}\\mbox{ inches}^2']),
     ('\\left( 3, \\frac{\\pi}{2} \\right)', ['(3,\\frac{\\pi}{2})', '(3{,}\\frac{\\pi}{2})', '(3, \\dfrac{\\pi}{2})']),
     ('90^\\circ', ['90', '90^{\\circ}', '90°']), ('58,500', ['58500', '58{,}500', '58,\\!500']),
-    ('\\text{Evelyn}', ['Evelyn', '\\mathrm{Evelyn}']), ('5.4 \\text{ cents}', ['5.4', '5.40']), ('36', ['36.00', '\\$36', '36.', '36\\%']),
+    ('\\text{Evelyn}', ['Evelyn', '\\mathrm{Evelyn}']), ('5.4 \\text{ cents}', ['5.4', '5.40']),
+    ('36', ['36.00', '\\$36', '36.', '36\\%']),
 ])
 def test_spellings_of_one_answer_are_equal(truth, same):
     assert {rewards.latex_key(text) for text in same} == {rewards.latex_key(truth)}
@@ -164,9 +172,11 @@ def test_math_format_has_four_levels_and_right_adds_two():
 
 @pytest.mark.parametrize('equation, reward', [
     ('3 * 4 + 5', 1), ('5 + 3*4 = 17', 1), ('\\boxed{(3 \\times 4) + 5}', 1), ('--5+3*4', 1), ('5-(-3)*4', 1),
-    ('3 + 4 + 5', 0.1), ('3 - 4 / 5', 0.1), ('3 * 4', 0), ('3 * 4 + 5 + 0', 0), ('3 * 4 + 5 + 3 - 3', 0), ('3 * 4 +' + ' ' * 200 + '5', 0), ('17', 0), ('12 + 5', 0),
+    ('3 + 4 + 5', 0.1), ('3 - 4 / 5', 0.1), ('3 * 4', 0), ('3 * 4 + 5 + 0', 0), ('3 * 4 + 5 + 3 - 3', 0),
+    ('3 * 4 +' + ' ' * 200 + '5', 0), ('17', 0), ('12 + 5', 0),
     ('3 * 4 + 5.0', 0), ('3 ** 4 * 5', 0), ('3 // 4 + 5', 0), ('3.4 + 5', 0), ('3 / (4 - 4) + 5', 0), ('4 % 3 + 5', 0),
-    ('', 0), ('x', 0), ('3 *', 0), ('(3 * 4 + 5', 0), ('3(4)5', 0), ('9**9**9', 0), ('+3*4+5', 0), ('(3, 4, 5)', 0), ('٣*4+5', 0)])
+    ('', 0), ('x', 0), ('3 *', 0), ('(3 * 4 + 5', 0), ('3(4)5', 0), ('9**9**9', 0), ('+3*4+5', 0), ('(3, 4, 5)', 0),
+    ('٣*4+5', 0)])
 def test_countdown_wants_each_number_once_and_the_target(equation, reward):
     assert TASKS['countdown'].reward(tagged(equation), COUNTDOWN) == reward
     assert TASKS['countdown'].correct(tagged(equation), COUNTDOWN) is (reward == 1)
@@ -240,13 +250,16 @@ HOSTILE = {
     'opened': '<reasoning>' * 9_000, 'answers opened': '<answer>' * 12_500, 'answers closed': '</answer>' * 11_000,
     'tags repeated': tagged(1) * 2_000, 'tags nested': '<answer>' * 20_000 + '1' + '</answer>' * 20_000,
     'boxes opened': '\\boxed{' * 14_000, 'boxes nested': '\\boxed{' * 12_000 + '1' + '}' * 12_000,
-    'braces opened': '\\boxed{' + '{' * 99_000, 'braces closed': tagged('}' * 99_000), 'braces': tagged('\\boxed{' + '{}' * 49_000),
-    'parentheses': tagged('(' * 99_000), 'few parentheses': tagged('(' * 99 + '3' + ')' * 99), 'minuses': tagged('-' * 199 + '3'),
+    'braces opened': '\\boxed{' + '{' * 99_000, 'braces closed': tagged('}' * 99_000),
+    'braces': tagged('\\boxed{' + '{}' * 49_000),
+    'parentheses': tagged('(' * 99_000), 'few parentheses': tagged('(' * 99 + '3' + ')' * 99),
+    'minuses': tagged('-' * 199 + '3'),
     'brackets': tagged('[' * 99_000), 'powers': tagged('9**9**9**9'), 'products': tagged('*'.join(['99'] * 66)),
     'digits': tagged('9' * 99_999), 'box of digits': tagged('\\boxed{' + '9' * 99_000 + '}'), 'exponent': tagged('1e400'),
     'commas': tagged('1' + ',111' * 24_000), 'dots': tagged('.' * 99_000), 'long fraction': tagged('1/' * 499),
     'nan': tagged('nan'), 'inf': tagged('-inf'), 'unicode digits': tagged('١٢٣٤' * 4), 'superscript': tagged('²³'),
-    'fractions': tagged('\\boxed{' + '\\frac{' * 160 + '}'), 'zero': tagged('\\boxed{\\frac{1}{0}}'), 'text': tagged('\\boxed{' + '\\text{' * 160 + '}'),
+    'fractions': tagged('\\boxed{' + '\\frac{' * 160 + '}'), 'zero': tagged('\\boxed{\\frac{1}{0}}'),
+    'text': tagged('\\boxed{' + '\\text{' * 160 + '}'),
     'blanks in a box': tagged('\\boxed{' + ' ' * 990 + 'x}'), 'ends': '<|endoftext|>' * 7_000, 'fences': '```\n' * 25_000,
 }
 
@@ -292,12 +305,15 @@ def test_rows_of_the_known_layouts_become_examples():
 
 def test_code_rows_of_three_data_sets_become_tests(sandbox):
     right = tagged('def double(x):\n    return 2 * x')
-    mbpp = {'text': 'Double it.', 'test_list': ['assert double(1) == 2', 'assert double(ONE) == 2'], 'test_setup_code': 'ONE = 1'}
-    kodcode = {'question': 'Double it.', 'test': 'import pytest\nfrom solution import double\n\nONE = 1\n\ndef test_one():\n'
-                                                 '    assert double(ONE) == 2\n\ndef test_two():\n    assert double(2) == 4\n'}
+    mbpp = {'text': 'Double it.', 'test_list': ['assert double(1) == 2', 'assert double(ONE) == 2'],
+            'test_setup_code': 'ONE = 1'}
+    clean = {**mbpp, 'test_setup_code': None, 'test_imports': ['ONE = 1']}
+    kodcode = {'question': 'Double it.',
+               'test': 'import pytest\nfrom solution import double\n\nONE = 1\n\ndef test_one():\n'
+                       '    assert double(ONE) == 2\n\ndef test_two():\n    assert double(2) == 4\n'}
     human = {'prompt': 'import math\n\ndef double(x):\n    """Twice x."""\n', 'entry_point': 'double',
              'test': 'def check(candidate):\n    assert candidate(math.e) == 2 * math.e\n'}
-    for row, tests in ((mbpp, 2), (kodcode, 2), (human, 1)):
+    for row, tests in ((mbpp, 2), (clean, 2), (kodcode, 2), (human, 1)):
         example = TASKS['code'].from_row(row)
         assert len(example['answer']['tests']) == tests
         assert TASKS['code'].reward(right, example) == 1.5 and TASKS['code'].reward(right.replace('2', '3'), example) == 0.5
@@ -306,15 +322,19 @@ def test_code_rows_of_three_data_sets_become_tests(sandbox):
 
 
 @pytest.mark.parametrize('task, row, message', [
-    ('gsm8k', {'question': 'q'}, "no column 'answer'"), ('gsm8k', {'question': 5, 'answer': '#### 1'}, "'question' holds '5'"),
+    ('gsm8k', {'question': 'q'}, "no column 'answer'"),
+    ('gsm8k', {'question': 5, 'answer': '#### 1'}, "'question' holds '5'"),
     ('gsm8k', {'question': 'q', 'answer': '18'}, '####'), ('math', {'problem': 'p', 'solution': '18'}, 'boxed'),
-    ('countdown', {'nums': [1, 2, 3]}, "no column 'target'"), ('countdown', {'input': '1,x,3', 'output': '4'}, 'whole numbers'),
+    ('countdown', {'nums': [1, 2, 3]}, "no column 'target'"),
+    ('countdown', {'input': '1,x,3', 'output': '4'}, 'whole numbers'),
     ('sudoku', {'Puzzle': '1', 'Solution': '2'}, 'no 4x4'), ('code', {'question': 'q', 'test': 'def ('}, 'line 1'),
     ('sudoku', {'Puzzle': '1320004330100004', 'Solution': '4321124334122134'}, 'does not fit'),
-    ('code', {'prompt': 'p'}, "no column 'question'"),
+    ('code', {'prompt': 'p'}, "no column 'question'"), ('code', {'text': 't', 'test_list': [1]}, 'expected str'),
+    ('code', {'text': 't', 'test_list': ['x'], 'test_imports': 5}, 'not int'),
+    ('code', {'text': 't', 'test_list': ['x'], 'test_setup_code': 5}, 'expected str'),
 ])
 def test_a_malformed_row_is_named_with_its_file_and_row(task, row, message, tmp_path):
-    with pytest.raises((KeyError, ValueError), match=message):
+    with pytest.raises((KeyError, TypeError, ValueError), match=message):
         TASKS[task].from_row(row)
     path = write(tmp_path, 'data.jsonl', row)
     with pytest.raises(ValueError, match=f'data.jsonl, row 1: .*{message}') as error:
@@ -323,9 +343,11 @@ def test_a_malformed_row_is_named_with_its_file_and_row(task, row, message, tmp_
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('none.jsonl', None, 'no such'), ('data.txt', 'x', 'no such .jsonl, .json or .csv'), ('empty.jsonl', '', 'no rows'), ('empty.csv', '', 'empty.csv'),
+    ('none.jsonl', None, 'no such'), ('data.txt', 'x', 'no such .jsonl, .json or .csv'),
+    ('empty.jsonl', '', 'no rows'), ('empty.csv', '', 'empty.csv'),
     ('empty.json', '[]', 'empty.json'), ('bad.jsonl', '{"question": "q", "answer": "#### 1"}\n{"question":\n', 'line 2'),
-    ('number.jsonl', '5\n', 'line 1'), ('bad.json', '[{', 'bad.json'), ('deep.jsonl', '[' * 100_000, 'line 1'), ('zip.jsonl.gz', 'plain', 'zip.jsonl.gz'),
+    ('number.jsonl', '5\n', 'line 1'), ('bad.json', '[{', 'bad.json'), ('deep.jsonl', '[' * 100_000, 'line 1'),
+    ('zip.jsonl.gz', 'plain', 'zip.jsonl.gz'),
     ('column.csv', 'a,b\n1,2\n', "row 1: no column 'question'")])
 def test_a_bad_file_is_one_line(name, content, message, tmp_path):
     if content is not None:
@@ -340,6 +362,13 @@ def test_csv_and_json_files_load_and_keep_leading_zeros(tmp_path):
     assert load_examples('sudoku', write(tmp_path, 'grid.csv', grid))[0]['question'].endswith(' 0021124334122134')
     rows = [{'question': 'q', 'answer': '#### 1'}, {'question': 'r', 'answer': '#### -2'}]
     assert [e['answer'] for e in load_examples('gsm8k', write(tmp_path, 'rows.json', json.dumps(rows)))] == [1.0, -2.0]
+
+
+@pytest.mark.parametrize('name', ['rows.jsonl', 'rows.json', 'rows.csv'])
+def test_files_with_a_byte_order_mark_load(name, tmp_path):
+    row = '{"question": "q", "answer": "#### 1"}'
+    content = 'question,answer\nq,#### 1\n' if name.endswith('csv') else row
+    assert load_examples('gsm8k', write(tmp_path, name, '\ufeff' + content))[0]['answer'] == 1.0
 
 
 def test_tasks_without_a_hub_data_set_ask_for_a_file():
@@ -394,6 +423,27 @@ def test_the_command_scores_our_samples_and_the_official_layout(tmp_path):
     half = {**grid, 'generations': tagged('0' * 16)}
     result = run('sudoku', write(tmp_path, 'official.json', {'generations': [grid, half]}))
     assert 'cells 50.0%, solved 50.0% (1 of n = 2)' in result.stdout and 'words' in result.stdout, result.stderr
+
+
+@needs_shared
+@pytest.mark.parametrize('task, says', [  # the official verdicts and CORRECTIONS
+    ('countdown', 'accuracy 21.1% (54 of n = 256)'), ('gsm8k', 'accuracy 69.6% (786 of n = 1130)'),
+    ('math', 'accuracy 26.4% (132 of n = 500)'), ('sudoku', 'cells 11.7%, solved 0.4% (1 of n = 256)')])
+def test_all_real_generations_are_scored(task, says, capsys):
+    rewards.score(task, sorted(map(str, GENERATIONS.glob(f'{task}*.json'))))
+    printed = capsys.readouterr().out
+    assert says in printed and 'words (effective_tokens is not in the file)' in printed, printed
+
+
+def test_rows_of_other_tasks_are_left_out_and_a_truth_may_be_text(tmp_path, capsys):
+    ours = [dict(task='gsm8k', question='q', completion=tagged(18), answer=answer) for answer in ('18', '1,800', None)]
+    other = dict(task='math', question='q', completion=tagged('\\boxed{x}'), answer='x')
+    path = write(tmp_path, 'samples.jsonl', '\ufeff' + json.dumps(other), *ours)
+    rewards.score('gsm8k', [path])
+    rewards.score('math', [path])
+    assert re.findall(r'\(.* of n = .\)', capsys.readouterr().out) == ['(1 of n = 3)', '(1 of n = 1)']
+    with pytest.raises(ValueError, match='no generations of the task sudoku'):
+        rewards.score('sudoku', [path])
 
 
 def test_the_command_ends_bad_input_in_one_line_and_status_2(tmp_path):

@@ -1,10 +1,14 @@
 """What sample.py claims: LLaDA's sampler exactly, at temperature its distribution, and no work that cannot matter."""
+import os
+import runpy
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from loglik import completion_logps
-from model import LLaDA
+from model import LLaDA, load
 from sample import check_speed, choose, commit_counts, denoise, generate
 from tiny import EOS, GOLDEN, MASK, V, bias, left_pad, needs_shared, says, tiny, tokens
 
@@ -338,3 +342,19 @@ def test_completion_is_one_block_of_ids():
     completion_ids = generate(tiny(), tokens(3, 5), 8, 4, 4)
     assert completion_ids.shape == (3, 8) and completion_ids.dtype == torch.int64
     assert completion_ids.min() >= 0 and completion_ids.max() < V
+
+
+def test_the_script_shows_a_completion_that_depends_on_the_seed_only(tmp_path, monkeypatch, capsys):
+    model, tokenizer = load('nano')
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / 'run/model')
+
+    def shown(*flags):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', '--out', str(tmp_path), '--temperature', '1', *flags])
+        runpy.run_path(os.path.join(os.path.dirname(__file__), '..', 'sample.py'), run_name='__main__')
+        return capsys.readouterr().out
+    first = shown('--prompt', 'How many?')
+    assert first.startswith('How many?<|assistant|>\n   1 ') and '\n   4 ' in first
+    assert shown('--prompt', 'How many?') == first != shown('--prompt', 'How many?', '--seed', '1')
+    problem = shown('--task', 'sudoku', '--cache')
+    assert problem.startswith('Solve the puzzle ') and problem[:40] != shown('--task', 'sudoku', '--seed', '1')[:40]
