@@ -72,7 +72,7 @@ FLAGS = [
     ('epsilon',            0.5,         0.5,         'clip range of the ratio (epsilon)'),
     ('beta',               0.04,        0.04,        'weight of the KL term (beta)'),
     ('norm',               'token',     'token',     "'token': mean over all tokens; 'sequence': per sequence, then over them"),
-    ('learning_rate',      1e-4,        3e-6,        'AdamW, constant'),
+    ('learning_rate',      5e-5,        3e-6,        'AdamW, constant'),
     ('weight_decay',       0.1,         0.1,         'AdamW'),
     ('max_grad_norm',      0.2,         0.2,         'gradient clipping'),
     ('Sampling',),

@@ -354,3 +354,11 @@ def test_a_reward_that_is_always_the_same_teaches_nothing():
     weights = copy.deepcopy(model.state_dict())
     train(model, reference, lambda texts: [1.0] * len(texts), 2, beta=0.0)
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize('old, advantage', [(-200.0, 1.0), (-200.0, 0.0), (200.0, -1.0)])
+def test_a_ratio_beyond_float32_leaves_the_gradient_finite(old, advantage):
+    logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, _ = grpo_loss(logps, torch.tensor([[old, -2.0]]), torch.tensor([[-old, -2.0]]), torch.tensor([advantage]), torch.ones(1, 2))
+    loss.backward()
+    assert loss.isfinite() and logps.grad.isfinite().all()

@@ -112,10 +112,13 @@ def test_target_logps_and_gradients_equal_the_plain_softmax(monkeypatch, at_once
     expected = gradients(model)
     model.zero_grad()
     logps = model(ids, at=(slice(None), slice(4, 9)), targets=targets)
-    (logps * weights).sum().backward()
+    (logps * weights).sum().backward(retain_graph=True)
 
     assert logps.dtype == torch.float32 and logps.shape == (2, 5)
     torch.testing.assert_close(logps, plain, atol=1e-5, rtol=1e-5)
+    assert_same(gradients(model), expected, 1e-5)
+    model.zero_grad()
+    (logps * weights).sum().backward()  # a second time, from the same graph
     assert_same(gradients(model), expected, 1e-5)
 
 

@@ -341,3 +341,34 @@ def test_a_base_that_breaks_names_its_own_learning_rate(tmp_path, monkeypatch):
     spoil(monkeypatch, sft, 'masked_loss', range(1, 99), lambda loss: loss * float('nan'))
     with pytest.raises(ValueError, match='base step 4: 5 updates in a row .* none was good: lower --base_learning_rate'):
         run(tmp_path, '--base_steps', '8')
+
+
+def test_a_trained_nano_model_is_evaluated_on_the_same_problems(whole):
+    run(whole, '--model', str(whole / 'whole' / 'model'), '--eval_only', '--name', 'again')
+    results = [json.loads((whole / name / 'results.json').read_text()) for name in ('again', 'whole')]
+    assert results[0]['base'] == results[1]['grpo']
+    with pytest.raises(ValueError, match='no run to go on with'):  # without --name it is not the training run's
+        run(whole, '--eval_only', '--resume')
+
+
+@needs_shared
+@pytest.mark.parametrize('task, file', [('countdown', 'countdown_test.jsonl'), ('sudoku', 'sudoku_test.csv')])
+def test_nano_trains_on_files_without_solutions(tmp_path, task, file):
+    path = str(SHARED / 'data' / file)
+    run(tmp_path, '--task', task, '--data', path, '--eval_data', path, '--max_prompt', '64', '--name', 'x')
+    assert (tmp_path / 'x' / 'results.json').exists()
+
+
+def test_two_runs_that_need_one_base_make_it_once(tmp_path):
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL, '--eval_only', '--out', str(tmp_path), '--name']
+    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in 'ab']
+    texts = [process.communicate()[0] for process in both]
+    assert all(process.returncode == 0 for process in both) and ''.join(texts).count('pretraining a nano base') == 1
+
+
+def test_a_memory_that_is_too_small_is_one_line(monkeypatch, capsys):
+    def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(train, 'main', full)
+    with pytest.raises(SystemExit) as e:
+        train.run([])
+    assert e.value.code == 2 and capsys.readouterr().err.startswith('train.py: the memory is too small: lower ')
