@@ -344,8 +344,8 @@ def test_a_base_that_breaks_names_its_own_learning_rate(tmp_path, monkeypatch):
 
 
 def test_a_trained_nano_model_is_evaluated_on_the_same_problems(whole):
-    run(whole, '--model', str(whole / 'whole' / 'model'), '--eval_only', '--name', 'again')
-    results = [json.loads((whole / name / 'results.json').read_text()) for name in ('again', 'whole')]
+    run(whole, '--model', str(whole / 'whole' / 'model'), '--eval_only', '--name', 'evaluated')
+    results = [json.loads((whole / name / 'results.json').read_text()) for name in ('evaluated', 'whole')]
     assert results[0]['base'] == results[1]['grpo']
     with pytest.raises(ValueError, match='no run to go on with'):  # without --name it is not the training run's
         run(whole, '--eval_only', '--resume')
