@@ -167,9 +167,9 @@ def check(args):
         for choice in value.split(',') if name in ('task', 'stages', 'lora_targets') else [value]:
             if choice not in known:
                 raise ValueError(f'--{name} {choice!r} is unknown: choose from {", ".join(known)}')
-    if args.stages == 'grpo,sft' or any(len(set(names)) < len(names) for names in (args.task.split(','), args.stages.split(','))):
-        raise ValueError(f'--task {args.task} --stages {args.stages}: name each once, sft before grpo')
     args.tasks, args.stages = args.task.split(','), args.stages.split(',')
+    if args.stages == ['grpo', 'sft'] or any(len(set(names)) < len(names) for names in (args.tasks, args.stages)):
+        raise ValueError(f'--task {args.task} --stages {",".join(args.stages)}: name each once, sft before grpo')
     check_lengths(args.gen_length, args.block_length, args.steps)
     check_speed(args.cache, args.refresh, args.threshold, args.remasking)
     if not re.fullmatch('[0-9]{1,6}(,[0-9]{1,6})*', args.eval_lengths):
@@ -304,7 +304,8 @@ class Problems:
                 raise ValueError(f'{task}: no prompt fits --max_prompt {args.max_prompt}: raise it')
             self.row = endless(self.rows, args.seed, task)
         elif (longest := max(len(self.draw(i)[0]) for i in range(100))) > args.max_prompt:
-            raise ValueError(f'{task}: built-in prompts have up to {longest} tokens, --max_prompt {args.max_prompt}: raise it')
+            raise ValueError(f'{task}: built-in prompts have up to {longest} tokens, --max_prompt {args.max_prompt}: '
+                             'raise it')
 
     def encode(self, example):
         return chat(self.tokenizer, rewards.prompt(self.task, example))
