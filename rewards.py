@@ -546,7 +546,7 @@ def work_out(value, steps):
 
 def draw_math(rng):
     name, x, changes = rng.choice('xyn'), rng.randint(2, 12), [rng.randint(1, 5) for _ in range(2)]
-    factor = rng.choice([1, 2, 3])
+    factor = rng.choice([1, 2])
     value, undo, left = x * factor, [], f'{factor}{name}' if factor > 1 else name
     for change in changes:
         op, back = ('+', '-') if value <= change or rng.random() < 0.5 else ('-', '+')

@@ -93,7 +93,7 @@ FLAGS = [
     ('sft_learning_rate',  3e-6,        1e-5,        'AdamW, warmed up, then falling linearly to 0'),
     ('sft_max_grad_norm',  1.0,         1.0,         'gradient clipping'),
     ('Nano base',),
-    ('base_steps',         1000,        0,           'pretraining updates'),
+    ('base_steps',         2000,        0,           'pretraining updates'),
     ('base_batch',         64,          0,           'sequences an update'),
     ('base_learning_rate', 4e-3,        0.0,         'AdamW, warmed up, then falling linearly to 0'),
     ('textbook',           0.7,         0.0,         'share of the updates that come first and see worked solutions only'),
@@ -116,8 +116,7 @@ FLAGS = [
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
 TASK_PRESETS = {
     # thinkers: so many that rollouts of the base think now and then, its greedy answers seldom
-    'nano': {'math': dict(thinkers=0.42, base_steps=1500), 'countdown': dict(thinkers=0.25),
-             'sudoku': dict(thinkers=0.25, base_steps=1500)},
+    'nano': {'math': dict(thinkers=0.42), 'countdown': dict(thinkers=0.25), 'sudoku': dict(thinkers=0.25)},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
