@@ -116,7 +116,8 @@ FLAGS = [
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
 TASK_PRESETS = {
     # thinkers: so many that rollouts of the base think now and then, its greedy answers seldom
-    'nano': {'math': dict(thinkers=0.42), 'countdown': dict(thinkers=0.25), 'sudoku': dict(thinkers=0.25)},
+    'nano': {'math': dict(thinkers=0.42), 'countdown': dict(thinkers=0.25, base_steps=1000),
+             'sudoku': dict(thinkers=0.25, base_steps=1500)},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
