@@ -90,7 +90,7 @@ def fixed_logps(model, reference, group, prompt_mask, beta):
     reference() is a context that gives the reference policy: the model without its adapters, or a frozen copy.
     """
     model.eval()
-    tensors = group.prompt_ids, group.completion_ids, prompt_mask
+    tensors = group.prompt_ids, group.completion_ids, prompt_mask, group.mask
     old_logps = completion_logps(model, *tensors)
     if not beta:
         return old_logps, None

@@ -19,16 +19,17 @@ def one_step_view(prompt_ids, completion_ids, prompt_mask, mask_id):
     return torch.cat((prompt, torch.full_like(completion_ids, mask_id)), dim=1)
 
 
-def completion_logps(model, prompt_ids, completion_ids, prompt_mask, attention_mask=None):
+def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None, attention_mask=None):
     """log p(o_k | q') of every completion token, (B, L) float32 (d1, section 3.1).
 
     prompt_ids (B, P), completion_ids (B, L) int64; prompt_mask (B, P) bool, True = masked;
+    completion_mask (B, L) bool: the tokens that count, the others' log-probs are 0; None = all count.
     attention_mask (B, T), True or 1 = real token, where prompts are padded. New, old and reference
     log-probs are comparable only under the same prompt_mask.
     """
     B, P = prompt_ids.shape
     ids = one_step_view(prompt_ids, completion_ids, prompt_mask, model_config(model).mask_id)  # (B, T)
-    return model(ids, attention_mask, at=(slice(None), slice(P, None)), targets=completion_ids)  # (B, L)
+    return model(ids, attention_mask, at=(slice(None), slice(P, None)), targets=completion_ids, counted=completion_mask)
 
 
 def model_config(model):

@@ -185,9 +185,11 @@ class ChunkedLogps(torch.autograd.Function):
     def forward(ctx, h, weight, targets):
         ctx.save_for_backward(h, weight, targets)
         logps = h.new_empty(len(h), 1, dtype=torch.float32)
-        for rows, exps, sums, some in ChunkedLogps.chunks(h, weight, targets):
+        chunk = None  # without any row there is none
+        for chunk in ChunkedLogps.chunks(h, weight, targets):
+            rows, *_, some = chunk
             logps[rows] = some
-        ctx.only_chunk = [(rows, exps, sums, some)] if rows == slice(0, len(h)) else None
+        ctx.only_chunk = [chunk] if chunk and rows == slice(0, len(h)) else None
         return logps[:, 0]
 
     @staticmethod
@@ -220,18 +222,24 @@ class LLaDA(nn.Module):
     @property
     def device(self): return self.wte.weight.device
 
-    def forward(self, ids, attention_mask=None, at=None, targets=None, cache=None, start=0):
+    def forward(self, ids, attention_mask=None, at=None, targets=None, counted=None, cache=None, start=0):
         """Logits of every position, or of some, or the log-probs of given tokens there.
 
         ids (B, T) int64. attention_mask (B, T), True or 1 = real token; None = all are real.
         at: an index into (B, T), such as (slice(None), slice(P, T)) or (rows (B, 1), columns (B, n)).
         Returns logits (B, n, V), n = T without `at`; with targets (B, n): their log-probs (B, n), float32.
+        counted (B, n) bool: the LM head sees only these targets, the others' log-probs are 0; None = all count.
         cache, start: see new_cache.
         """
         h = self.hidden(ids, attention_mask, at, cache, start)
         if targets is None:
             return self.ff_out(h)
-        return ChunkedLogps.apply(h.flatten(0, 1), self.ff_out.weight.to(h.dtype), targets.flatten()).view(targets.shape)
+        weight = self.ff_out.weight.to(h.dtype)
+        if counted is None:
+            return ChunkedLogps.apply(h.flatten(0, 1), weight, targets.flatten()).view(targets.shape)
+        logps = torch.zeros_like(targets, dtype=torch.float32)
+        logps[counted] = ChunkedLogps.apply(h[counted], weight, targets[counted])
+        return logps
 
     def hidden(self, ids, attention_mask=None, at=None, cache=None, start=0):
         """The normed hidden states (B, n, d) under the LM head; arguments as in forward."""

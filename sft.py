@@ -81,7 +81,7 @@ def sft_backward(model, pairs, length, config, generator, micro_batch, rank=0, w
     for rows in torch.arange(rank, len(ids), world, device=device).split(micro_batch):
         logps = model(torch.cat((ids[rows, :P], noisy[rows]), 1),
                       None if attention_mask is None else attention_mask[rows],
-                      at=(slice(None), slice(P, None)), targets=ids[rows, P:])  # (rows, length)
+                      at=(slice(None), slice(P, None)), targets=ids[rows, P:], counted=masked[rows])  # (rows, length)
         loss = masked_loss(logps, masked[rows], t[rows].expand_as(logps), masked.numel() / world)
         loss.backward()
         total += loss.item()

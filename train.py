@@ -24,10 +24,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,6 +38,11 @@ from loglik import completion_logps, random_prompt_mask
 from model import LLaDA, add_lora, load, lora_off, merge_lora, read_json
 from sample import chat, check_lengths, check_speed, parser
 from sft import Muon, add_base_noise, add_noise, pad, sft_backward
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Every flag, its default for the nano model and for LLaDA, and what it is (with the paper's symbol).
 FLAGS = [
@@ -113,11 +114,11 @@ FLAGS = [
     ('sample_every',       10,          10,          'outer iterations between printed completions'),
 ]
 # Settings that one task has of its own, and the nano model on real text, which is longer.
-NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300)
+NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300,
+                        grpo_steps=40)
 TASK_PRESETS = {
-    # thinkers: so many that rollouts of the base think now and then, its greedy answers seldom
-    'nano': {'math': dict(thinkers=0.42), 'countdown': dict(thinkers=0.25, base_steps=1000),
-             'sudoku': dict(thinkers=0.25, base_steps=1500)},
+    # gsm8k: what it needs, so that the first run is short; math: so many thinkers that rollouts of the base think too
+    'nano': {'gsm8k': dict(base_steps=1400, grpo_steps=20), 'math': dict(thinkers=0.42)},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
@@ -614,7 +615,7 @@ def train_grpo(args, run, model, tokenizer, sources):
             for k, _, _, group, advantages in rollouts:
                 prompt_mask, old_logps, ref_logps = views[n, k]                                             # 8
                 model.train()
-                logps = completion_logps(net, group.prompt_ids, group.completion_ids, prompt_mask)          # 9
+                logps = completion_logps(net, group.prompt_ids, group.completion_ids, prompt_mask, group.mask)  # 9
                 loss, stat = grpo_loss(logps, old_logps, ref_logps, advantages, group.mask, args.epsilon,
                                        args.beta, args.norm)                                                # 10
                 (loss / len(rollouts)).backward()

@@ -53,7 +53,7 @@ def textbook_rollout(model, prompt_ids, gen_length, block_length, steps, tempera
     return ids[:, P:]
 
 
-def textbook_logps(model, prompt_ids, completion_ids, prompt_mask):
+def textbook_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None):
     """All logits, their log-softmax, and of that the completion's tokens."""
     from loglik import model_config, one_step_view
     ids = one_step_view(prompt_ids, completion_ids, prompt_mask, model_config(model).mask_id)
@@ -213,8 +213,8 @@ def measure(section, V, L, args):
               f'{100 * last["flops"] / seconds[case] / rate:.0f} | {same} |', flush=True)
 
 
-def nano_table(folders, n, length, thresholds):
-    """What the faster modes of the sampler cost a trained model: greedy completions of n test problems."""
+def nano_table(folders, n, length, thresholds, blocks=None, part='test'):
+    """What the faster modes of the sampler cost a trained model: greedy completions of n problems."""
     import grpo
     import rewards
     import train
@@ -225,7 +225,8 @@ def nano_table(folders, n, length, thresholds):
             config = json.load(f)
         args = train.check(train.parse(['--task', config['task'], '--eval_n', str(n), '--device', 'cpu']))
         model, tokenizer = load(os.path.join(folder, 'model'))
-        pairs = train.Problems(args, tokenizer, args.task, 'test').first(n)
+        problems = train.Problems(args, tokenizer, args.task, part)
+        pairs = problems.first(n) if part == 'test' else [problems.draw(10 ** 7 + i) for i in range(n)]  # no run comes so far
         calls, seconds, base = [], [], None
         generate = grpo.generate
 
@@ -234,16 +235,21 @@ def nano_table(folders, n, length, thresholds):
             completion_ids = generate(*tensors, **knobs)
             seconds.append(time.perf_counter() - began)
             return completion_ids
-        modes = {'exact': {}, 'cache': dict(cache=True)}
-        for t in thresholds:
-            modes |= {f'threshold {t}': dict(threshold=t), f'cache, threshold {t}': dict(cache=True, threshold=t)}
+        modes = {}
+        for b in blocks or [args.block_length]:
+            label = f'blocks of {b}, ' if blocks else ''
+            modes |= {f'{label}exact': dict(block_length=b), f'{label}cache': dict(block_length=b, cache=True)}
+            for t in thresholds:
+                modes |= {f'{label}threshold {t}': dict(block_length=b, threshold=t),
+                          f'{label}cache, threshold {t}': dict(block_length=b, cache=True, threshold=t)}
         model.wte.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
         for mode, knobs in modes.items():
             calls.clear(), seconds.clear()
             with mock.patch.object(grpo, 'generate', timed):
                 graded = train.answers(argparse.Namespace(**{**vars(args), **knobs}), model, tokenizer, args.task, pairs, length)
+            block = knobs['block_length']
             # a row stops behind the block in which it has ended
-            tokens = sum(-(-g['effective_tokens'] // args.block_length) * args.block_length for g in graded)
+            tokens = sum(-(-g['effective_tokens'] // block) * block for g in graded)
             s = rewards.summary(graded)
             spread = 1.96 * statistics.stdev(g['reward'] for g in graded) / n ** 0.5
             forwards = sum(calls) / n  # a sequence's
@@ -263,12 +269,14 @@ def main():
     p.add_argument('--n', type=int, default=512, help='test problems of --nano')
     p.add_argument('--length', type=int, default=32, help='generation length of --nano')
     p.add_argument('--thresholds', nargs='*', type=float, default=[0.9], help='of --nano')
+    p.add_argument('--blocks', nargs='*', type=int, help="block lengths of --nano, the first is the one to compare with [the run's]")
+    p.add_argument('--part', default='test', choices=('test', 'train'), help='problems of --nano: training problems, to choose by')
     p.add_argument('--worker', help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker:
         return work(*json.loads(args.worker))
     if args.nano:
-        return nano_table(args.nano, args.n, args.length, args.thresholds)
+        return nano_table(args.nano, args.n, args.length, args.thresholds, args.blocks, args.part)
     print('Seconds: median. Peak: VmHWM of the process in MB (before the work). GFLOP: multiply-adds of the matrices x 2.\n'
           'Matmul %: share of the rate of (768, 512) @ (512, 1536) measured before every repetition in the same process.\n')
     print('| piece | case | vocabulary | tokens | seconds | x textbook | peak MB | GFLOP | matmul % | agrees with the textbook |\n'

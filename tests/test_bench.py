@@ -41,6 +41,9 @@ def test_table_of_a_trained_model(tmp_path, monkeypatch, capsys):
     rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1] for row in rows] == ['exact', 'cache', 'threshold 0.5', 'cache, threshold 0.5', 'threshold 1.0', 'cache, threshold 1.0']
     assert [row[4] for row in rows[:2] + rows[4:]] == ['8.0', '8.0', '16.0', '16.0'], 'a new model is never sure'
+    bench.nano_table([str(tmp_path)], 2, 16, [], [8, 16], 'train')
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == [f'blocks of {b}, {mode}' for b in (8, 16) for mode in ('exact', 'cache')]
 
 
 def test_one_command_prints_the_table():

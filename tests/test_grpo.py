@@ -261,7 +261,7 @@ def test_ratio_is_one_before_the_first_update_and_not_behind_it(kind):
     advantages = torch.tensor([1.0, -1.0, 2.0, -2.0])
     for update in range(2):
         model.train()
-        logps = completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask)
+        logps = completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask, group.mask)
         loss, stats = grpo_loss(logps, old_logps, ref_logps, advantages, group.mask)
         if update == 0:
             torch.testing.assert_close(logps, old_logps)
@@ -286,7 +286,7 @@ def test_fixed_logps_are_taken_without_dropout():
     prompt_mask = torch.zeros_like(group.prompt_ids, dtype=torch.bool)
     old_logps, _ = fixed_logps(model.train(), reference, group, prompt_mask, 0.04)
     assert torch.equal(old_logps, fixed_logps(model.train(), reference, group, prompt_mask, 0.04)[0])
-    assert torch.equal(old_logps, completion_logps(model.eval(), group.prompt_ids, group.completion_ids, prompt_mask))
+    assert torch.equal(old_logps, completion_logps(model.eval(), group.prompt_ids, group.completion_ids, prompt_mask, group.mask))
 
 
 def test_beta_zero_asks_for_no_reference():
@@ -319,7 +319,7 @@ def train(model, reference, reward, steps, lr=3e-3, beta=0.04, num_generations=1
         fixed = [fixed_logps(model, reference, group, prompt_mask, beta) for prompt_mask in prompt_masks]
         for prompt_mask, (old_logps, ref_logps) in zip(prompt_masks, fixed):
             model.train()
-            logps = completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask)
+            logps = completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask, group.mask)
             loss, _ = grpo_loss(logps, old_logps, ref_logps, advantages, group.mask, beta=beta)
             loss.backward()
             optimizer.step()

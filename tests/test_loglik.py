@@ -98,7 +98,7 @@ def test_batch_of_padded_prompts_equals_one_by_one():
     prompt_ids, real = left_pad(prompts)
     prompt_mask = random_prompt_mask(prompt_ids, 0.4, torch.Generator().manual_seed(0))
     attention_mask = torch.cat((real, torch.ones(3, 6, dtype=torch.bool)), 1)
-    together = completion_logps(model, prompt_ids, completion_ids, prompt_mask, attention_mask)
+    together = completion_logps(model, prompt_ids, completion_ids, prompt_mask, attention_mask=attention_mask)
     for row, prompt in enumerate(prompts):
         alone = completion_logps(model, prompt[None], completion_ids[[row]], prompt_mask[[row], -len(prompt):])
         torch.testing.assert_close(together[[row]], alone, atol=1e-4, rtol=1e-4)

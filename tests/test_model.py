@@ -122,6 +122,25 @@ def test_target_logps_and_gradients_equal_the_plain_softmax(monkeypatch, at_once
     assert_same(gradients(model), expected, 1e-5)
 
 
+@pytest.mark.parametrize('share', [0.5, 0.0])  # of the targets that count
+@pytest.mark.parametrize('at_once', [2 ** 25, 3 * V])
+def test_targets_that_do_not_count_cost_nothing_and_change_nothing(monkeypatch, at_once, share):
+    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', at_once)
+    model, ids, targets = tiny(), tokens(2, 9), tokens(2, 5, seed=3)
+    counted = torch.rand(2, 5, generator=torch.Generator().manual_seed(4)) < share
+    at = (slice(None), slice(4, 9))
+    everywhere = model(ids, at=at, targets=targets)
+    (everywhere * counted).sum().backward()
+    expected, rows, chunks = gradients(model), [], model_module.ChunkedLogps.chunks
+    model.zero_grad()
+    monkeypatch.setattr(model_module.ChunkedLogps, 'chunks', lambda h, *more: rows.append(len(h)) or chunks(h, *more))
+    logps = model(ids, at=at, targets=targets, counted=counted)
+    logps.sum().backward()
+    torch.testing.assert_close(logps, everywhere * counted)
+    assert_same(gradients(model), expected, 1e-6)
+    assert set(rows) == {counted.sum().item()}, 'rows that the LM head saw'
+
+
 def test_logits_for_targets_exist_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 3 * V)
     model, sizes, chunks = tiny(), [], model_module.ChunkedLogps.chunks
