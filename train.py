@@ -117,8 +117,8 @@ FLAGS = [
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300,
                         grpo_steps=40)
 TASK_PRESETS = {
-    # gsm8k: what it needs, so that the first run is short; math: so many thinkers that rollouts of the base think too
-    'nano': {'gsm8k': dict(base_steps=1400, grpo_steps=20), 'math': dict(thinkers=0.42)},
+    # gsm8k: what it needs, for a short first run; thinkers: so many that some rollouts of the base think
+    'nano': {'gsm8k': dict(base_steps=1400, grpo_steps=20, thinkers=0.42), 'math': dict(thinkers=0.42)},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
@@ -666,8 +666,8 @@ def nano_base(args):
         if source.rows and 'wrong' not in source.rows[0][1]:  # a file that shows no solutions and no guesses
             source.rows = None  # the built-in problems do
     draw = lambda step: base_batch(corpus, tokenizer, sources, step)
-    settings = [(k, v) for k, v in vars(args).items() if k.startswith('base_')]
-    made_of = [draw(0), draw(args.base_steps - 1), str(model), args.gen_length, args.textbook, settings]
+    settings = [(k, v) for k, v in vars(args).items() if k.startswith('base_') or k in ('gen_length', 'textbook', 'thinkers')]
+    made_of = [draw(0), draw(args.base_steps - 1), str(model), settings]  # of the data, too, for files may change
     corpus.name = f"base-{'+'.join(args.tasks)}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
     run = Run(corpus)
     folder = os.path.join(run.folder, 'model')

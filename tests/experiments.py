@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
 STAGES = dict(d1='sft,grpo', grpo='grpo')
 
 
@@ -84,7 +85,7 @@ def pace(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--tasks', nargs='*', default=['gsm8k', 'math', 'countdown', 'sudoku', 'code'])
+    p.add_argument('--tasks', nargs='*', default=TASKS, choices=TASKS)
     p.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
     p.add_argument('--kinds', nargs='*', default=list(STAGES), choices=STAGES)
     p.add_argument('--out', default='out')
@@ -93,8 +94,8 @@ def main():
     p.add_argument('--table', action='store_true', help='only print what is there')
     p.add_argument('--pace', action='store_true', help='compare the label with no label')
     args = p.parse_args()
-    if bool(args.flags) != bool(args.label) or args.pace and not args.label:
-        p.error('--label and --flags go together, and --pace needs both')
+    if bool(args.flags) != bool(args.label) or args.pace and (args.table or not args.label):
+        p.error('--label and --flags go together; --pace needs both, and no --table')
     (pace if args.pace else table)(args)
 
 

@@ -138,6 +138,15 @@ def test_killed_runs_resume_to_the_same_numbers():
     assert 'every file of every run equals' in done.stdout
 
 
+def test_a_base_is_made_again_for_other_settings_but_not_for_another_seed(tmp_path):
+    base = lambda *flags: train.nano_base(train.check(train.parse(
+        ['--base_steps', '1', '--base_batch', '1', '--gen_length', '8', '--steps', '4', '--out', str(tmp_path), *flags])))
+    first = base()
+    assert base('--seed', '1', '--grpo_steps', '3') == first
+    others = [base('--thinkers', '0.43'), base('--textbook', '0.6'), base('--base_learning_rate', '0.001')]
+    assert len({first, *others}) == 4
+
+
 @pytest.fixture
 def stopped(whole, tmp_path, monkeypatch, capsys):
     """The folder of a run that Ctrl-C ended in the first step of diffu-GRPO."""
