@@ -666,7 +666,8 @@ def nano_base(args):
         if source.rows and 'wrong' not in source.rows[0][1]:  # a file that shows no solutions and no guesses
             source.rows = None  # the built-in problems do
     draw = lambda step: base_batch(corpus, tokenizer, sources, step)
-    settings = [(k, v) for k, v in vars(args).items() if k.startswith('base_') or k in ('gen_length', 'textbook', 'thinkers')]
+    settings = [(k, v) for k, v in vars(args).items()
+                if k.startswith('base_') or k in ('gen_length', 'textbook', 'thinkers')]
     made_of = [draw(0), draw(args.base_steps - 1), str(model), settings]  # of the data, too, for files may change
     corpus.name = f"base-{'+'.join(args.tasks)}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
     run = Run(corpus)
