@@ -115,7 +115,7 @@ FLAGS = [
 ]
 # Settings that one task has of its own, and the nano model on real text, which is longer.
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96', max_prompt=128, base_steps=300,
-                        grpo_steps=40)
+                        grpo_steps=40, learning_rate=1e-4)
 TASK_PRESETS = {
     # gsm8k: what it needs, for a short first run; thinkers: so many that some rollouts of the base think
     'nano': {'gsm8k': dict(base_steps=1400, grpo_steps=20, thinkers=0.42), 'math': dict(thinkers=0.42)},
