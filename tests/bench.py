@@ -1,11 +1,12 @@
 """What speed and memory cost: prints a markdown table, the textbook version of each piece first. Needs Linux's /proc.
 
-    python tests/bench.py                            everything; 12 minutes on 2 idle cores
+    python tests/bench.py                            everything; 25 minutes on 2 idle cores
     python tests/bench.py --only rollout --repeats 5
     python tests/bench.py --nano out/NAME ...        trained models: speed-up, forwards, accuracy of the faster modes
 Each case is a process of its own; their repetitions alternate, the median counts. A random model is never sure, so
 `threshold` commits one token a step: its worst case (--nano has the other one). A rollout is timed over its first
-block, whose work is that of every other block, times the number of blocks; --whole times all of it.
+block, whose work is that of every other block, times the number of blocks; --whole times all of it. In `ended` the
+completions have 50 to 100 % of their tokens before their end.
 """
 import argparse
 import contextlib
@@ -21,7 +22,7 @@ from unittest import mock
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
 FAST = dict(textbook=None, exact={}, cache=dict(cache=True), threshold=dict(threshold=0.9), both=dict(cache=True, threshold=0.9))
-SECTIONS = dict(forward=['ours'], rollout=list(FAST), logps=['textbook', 'ours'], backward=['textbook', 'ours'],
+SECTIONS = dict(forward=['ours'], rollout=list(FAST), logps=['textbook', 'ours', 'ended'], backward=['textbook', 'ours'],
                 pretrain=['textbook', 'ours'], grpo=['textbook', 'exact', 'cache'])
 NANO = ('pretrain', 'grpo')  # sections about the nano main job: its own sizes
 
@@ -83,6 +84,8 @@ def build(section, case, V, L, quick, whole=False):
     prompt_ids, completion_ids = (torch.randint(V - 2, (B, n), generator=g) for n in (P, L))
     masks = [random_prompt_mask(prompt_ids, 0.15, g) for _ in range(4)]
     logps = textbook_logps if case == 'textbook' else completion_logps
+    lengths = torch.linspace(L / 2, L, B).long()  # `ended`: completions fill three quarters of the room on average
+    counted = torch.arange(L) < lengths[:, None] if case == 'ended' else None
 
     @torch.no_grad()
     def forward():
@@ -103,7 +106,7 @@ def build(section, case, V, L, quick, whole=False):
     def four_masks():
         if case == 'textbook':
             return logps(model, prompt_ids.repeat(4, 1), completion_ids.repeat(4, 1), torch.cat(masks)).flatten().tolist()
-        return torch.cat([logps(model, prompt_ids, completion_ids, mask) for mask in masks]).flatten().tolist()
+        return torch.cat([logps(model, prompt_ids, completion_ids, mask, counted) for mask in masks]).flatten().tolist()
 
     def backward():
         model.zero_grad()

@@ -20,6 +20,12 @@ def test_ours_and_the_textbooks_numbers_agree(section, case, tolerance):
     assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
 
 
+def test_behind_the_ends_of_completions_no_logps_are_made():
+    ended, all_of_them = (bench.build('logps', kind, 60, 16, quick=True)[0]() for kind in ('ended', 'ours'))
+    assert all(a == pytest.approx(b, rel=1e-5) or a == 0 for a, b in zip(ended, all_of_them, strict=True))
+    assert ended.count(0) == len(ended) // 4
+
+
 @pytest.mark.parametrize('case', ['cache', 'threshold', 'both'])
 def test_first_block_of_the_faster_modes_is_filled(case):
     once, share = bench.build('rollout', case, 60, 16, quick=True)
