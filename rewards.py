@@ -149,7 +149,7 @@ def latex_key(latex):
 
 
 def math_reward(completion, example):
-    """0.25 to 3: right 2; format 1, 0.75, 0.5 or 0.25 for answer tags with box, tags, box, neither (FACTS).
+    """0.25 to 3: right 2; format 1, 0.75, 0.5 or 0.25 for answer tags with box, tags, box, neither (official).
 
     The ground truth is LaTeX, compared spelling aside; without a box nothing is right (official).
     """

@@ -2,7 +2,8 @@
 
 Every answer draws t ~ U(0, 1), each of its tokens is masked with probability t, and the loss is the
 cross-entropy of the masked tokens weighed by 1/t. The prompt is never masked; the end-of-text padding
-belongs to the answer, so that the model learns where to stop. The nano base is pretrained with it too.
+belongs to the answer, so that the model learns where to stop. The nano base is pretrained without the
+weights 1/t.
     python sft.py --task gsm8k      the SFT stage alone (train.py's flags)
 """
 import sys

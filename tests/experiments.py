@@ -1,8 +1,8 @@
 """The README's tables of nano results: all runs behind them, then mean and spread over seeds. A script, hours on a CPU.
 
     python tests/experiments.py                        five tasks, seeds 0 1 2, d1 and diffu-GRPO alone
-    python tests/experiments.py --tasks math --seeds 0 --flags "--fixed_mask" --label fixed
-    python tests/experiments.py --kinds d1 --label fast --flags "--cache --threshold 0.7" --pace
+    python tests/experiments.py --tasks math --seeds 0 --flags="--fixed_mask" --label fixed
+    python tests/experiments.py --kinds d1 --label fast --flags="--cache --threshold 0.7" --pace
 --pace sets d1 with a label's flags beside d1 without: accuracy under the exact sampler, and time to a reward.
 Runs that are finished are not run again, so it can be stopped, repeated, and shared by processes with different tasks.
 """

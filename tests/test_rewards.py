@@ -208,13 +208,6 @@ def test_sudoku_counts_the_empty_cells_only():
 CODE = {'question': 'f', 'answer': {'tests': ['assert f(1) == 2', 'assert f(2) == 4'], 'entry_point': 'f', 'setup': ''}}
 
 
-@pytest.fixture
-def sandbox():
-    if not hasattr(rewards, 'run_tests'):
-        sys.path.insert(0, str(ROOT.parent / 'scratch'))
-        pytest.importorskip('run_code', reason='the sandbox is not merged yet')
-
-
 def test_code_stands_in_the_answer_or_in_the_last_fence():
     body = 'def f(x):\n    return 2 * x'
     for text in (tagged(body), tagged(f'```python\n{body}\n```'), f'So:\n```\nold\n```\n```python\n{body}\n```',
@@ -223,7 +216,7 @@ def test_code_stands_in_the_answer_or_in_the_last_fence():
     assert rewards.code_of('f = 1') == ''
 
 
-def test_code_earns_the_share_of_tests_and_the_format_part(sandbox):
+def test_code_earns_the_share_of_tests_and_the_format_part():
     right, half, wrong = ('def f(x):\n    return ' + value for value in ('2 * x', '2', 'None'))
     reward, correct = TASKS['code'].reward, TASKS['code'].correct
     assert [reward(tagged(code), CODE) for code in (right, half, wrong)] == [1.5, 1.0, 0.5]
@@ -232,7 +225,7 @@ def test_code_earns_the_share_of_tests_and_the_format_part(sandbox):
 
 
 @needs_shared
-def test_human_eval_solutions_pass_and_empty_bodies_fail(sandbox):
+def test_human_eval_solutions_pass_and_empty_bodies_fail():
     path = str(SHARED / 'data/humaneval.jsonl.gz')
     rows, examples = rewards.json_lines(path), load_examples('code', path)
     assert len(examples) == 164
@@ -303,7 +296,7 @@ def test_rows_of_the_known_layouts_become_examples():
     assert row['sudoku']({'Puzzle': 21124334122134, 'Solution': 4321124334122134})['question'].endswith('0021124334122134')
 
 
-def test_code_rows_of_three_data_sets_become_tests(sandbox):
+def test_code_rows_of_three_data_sets_become_tests():
     right = tagged('def double(x):\n    return 2 * x')
     mbpp = {'text': 'Double it.', 'test_list': ['assert double(1) == 2', 'assert double(ONE) == 2'],
             'test_setup_code': 'ONE = 1'}

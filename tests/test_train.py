@@ -243,7 +243,7 @@ def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(whole):
 def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, eval_n):
     args = train.check(train.parse(['--task', task, '--model', 'GSAI-ML/LLaDA-8B-Instruct']))
     assert (args.grpo_steps, args.num_iterations, args.temperature, args.eval_n) == (steps, mu, temperature, eval_n)
-    assert steps * mu == updates, 'gradient steps (FACTS): 7700, 6600, 5000, 3800'
+    assert steps * mu == updates, 'gradient steps of the paper: 7700, 6600, 5000, 3800'
     assert args.num_prompts * args.num_generations == 6 * 2 * 8, 'completions an update: 6 a GPU, accumulated twice, 8 GPUs'
     assert args.sft_steps * args.sft_batch == 20 * 1000, '20 epochs of s1K'
     assert (args.lora_rank, args.lora_alpha, args.beta, args.epsilon, args.p_mask_prompt) == (128, 64, 0.04, 0.5, 0.15)
