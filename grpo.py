@@ -1,98 +1,147 @@
-"""diffu-GRPO (d1, arXiv 2504.12216, section 3.2, equation 4): a policy gradient from groups of completions.
+"""diffu-GRPO (d1, arXiv 2504.12216, section 3.2, equation 4): a policy gradient from groups.
 
-Each prompt gets a group of completions; a completion's advantage is its reward minus the group's mean.
-The clipped ratio of new to old mean-field probabilities weighs it, token by token, and a KL term holds
-the policy near the reference. A prompt's group is one micro-batch, so nothing here needs padding.
+Each prompt gets a group of completions; a completion's advantage is its reward minus the group's
+mean. The clipped ratio of new to old mean-field probabilities weighs it, token by token, and a KL
+term holds the policy near the reference. A prompt's group is one micro-batch, so that the update
+needs no padding. The loop itself is train_grpo in train.py.
 """
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
+import rewards
 from loglik import completion_logps
-from sample import generate
+from model import lora_off
+from sample import generate, left_pad, torch_stream
 
 
 def group_advantages(rewards, num_generations):
-    """rewards (N*G,) -> (N*G,): each minus the mean of its G neighbours, not divided by their std (d1, eq. 2)."""
-    groups = rewards.view(-1, num_generations)
+    """rewards (N*G,) -> (N*G,): each minus its group's mean, not divided by the std (d1, eq. 2)."""
+    groups = rewards.view(-1, num_generations)                   # (N, G)
     return (groups - groups.mean(dim=1, keepdim=True)).flatten()
 
 
 def completion_mask(completion_ids, end_ids):
-    """completion_ids (B, L) -> (B, L) bool: True up to and with the first token of end_ids, False behind it."""
-    is_end = torch.isin(completion_ids, torch.tensor(end_ids, device=completion_ids.device))
-    return is_end.cumsum(1) - is_end.long() == 0  # no end before this token
+    """completion_ids (B, L) -> (B, L) bool: True up to and with the first token of end_ids."""
+    end_ids = torch.tensor(end_ids, device=completion_ids.device)
+    is_end = torch.isin(completion_ids, end_ids).long()
+    ends_before = is_end.cumsum(dim=1) - is_end                  # [5,0,7,0] -> 0 0 1 1, if 0 ends
+    return ends_before == 0
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04, norm='token'):
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04,
+              norm='token'):
     """The diffu-GRPO loss of a micro-batch, a scalar, and its statistics (d1, eq. 4).
 
-    logps, old_logps, ref_logps (B, L) under the same prompt mask (ref_logps may be None when beta is 0),
-    advantages (B,), completion_mask (B, L). norm: 'token' = one mean over all tokens, as the official
-    code does; 'sequence' = the mean of each sequence's mean, as the paper's equation has it.
+    logps, old_logps, ref_logps (B, L) under the same prompt mask (ref_logps may be None if beta
+    is 0), advantages (B,), completion_mask (B, L). norm: 'token' = one mean over all tokens, as
+    the official code does; 'sequence' = the mean of each sequence's mean, as in the equation.
     """
-    mask, outside = completion_mask.float(), ~completion_mask.bool()
-    A = advantages.unsqueeze(1)                                          # (B, 1)
-    ratio = (logps - old_logps).masked_fill(outside, 0).clamp(max=80).exp()  # (B, L), finite: inf * 0 would be nan
+    mask = completion_mask.float()
+    outside = ~completion_mask.bool()
+    A = advantages.unsqueeze(1)                                  # (B, 1)
+
+    log_ratio = (logps - old_logps).masked_fill(outside, 0)
+    ratio = log_ratio.clamp(max=80).exp()                        # rho; finite, for inf * 0 is nan
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    objective = torch.minimum(ratio * A, clipped * A)
+    objective = torch.minimum(ratio * A, clipped * A)            # (B, L)
+
     kl = torch.zeros_like(logps)
     if beta:
         difference = (ref_logps - logps).masked_fill(outside, 0).clamp(max=80)
-        kl = difference.exp() - difference - 1                           # k3 estimate, never negative
-    per_token = beta * kl - objective
+        kl = difference.exp() - difference - 1                   # k3 estimate, never negative
 
-    def mean(x):
-        if norm == 'sequence':
-            return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-        return (x * mask).sum() / mask.sum().clamp(min=1)
-    if norm not in ('token', 'sequence'):
-        raise ValueError(f"norm is 'token' or 'sequence', not {norm!r}")
-    high = (ratio > 1 + epsilon) & (A > 0)  # the gradient is cut only where the clipped branch is the smaller
-    low = (ratio < 1 - epsilon) & (A < 0)
-    stats = dict(ratio=mean(ratio), clip_high=mean(high.float()), clip_low=mean(low.float()), kl=mean(kl))
-    return mean(per_token), {name: value.item() for name, value in stats.items()}
+    # the clip cuts the gradient only where the clipped branch is the smaller one
+    clip_high = (ratio > 1 + epsilon) & (A > 0)
+    clip_low = (ratio < 1 - epsilon) & (A < 0)
+    loss = masked_mean(beta * kl - objective, mask, norm)
+    stats = dict(ratio=ratio, clip_high=clip_high.float(), clip_low=clip_low.float(), kl=kl)
+    return loss, {name: masked_mean(value, mask, norm).item() for name, value in stats.items()}
 
 
-class Group(NamedTuple):
-    """One prompt's completions, a micro-batch of G."""
-    prompt_ids: torch.Tensor       # (G, P), all rows equal
-    completion_ids: torch.Tensor   # (G, L)
-    mask: torch.Tensor             # (G, L) completion_mask
-    rewards: torch.Tensor          # (G,)
-    texts: list                    # the completions as decoded
+def masked_mean(values, mask, norm):
+    """The mean of values (B, L) where mask (B, L) is 1: over 'token's, or per 'sequence' first."""
+    assert norm in ('token', 'sequence'), norm
+    if norm == 'sequence':
+        return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def complete(model, tokenizer, prompt_ids, **sampling):
-    """Completions (B, L) of prompt_ids (B, P), their completion_mask and their texts; sampling: generate's knobs."""
+@dataclass
+class Group:
+    """One prompt's completions, a micro-batch of G rows, and all that its updates need."""
+    k: int                                                       # its number in the iteration
+    task: str
+    example: dict
+    prompt_ids: torch.Tensor                                     # (G, P), all rows equal
+    completion_ids: torch.Tensor                                 # (G, L)
+    completion_mask: torch.Tensor                                # (G, L), True up to the end
+    texts: list                                                  # the completions, decoded
+    rewards: torch.Tensor                                        # (G,)
+    advantages: torch.Tensor                                     # (G,)
+    prompt_masks: list = field(default_factory=list)             # mu times (G, P)
+    old_logps: list = field(default_factory=list)                # mu times (G, L)
+    ref_logps: list = field(default_factory=list)                # mu times (G, L), or None
+
+
+def complete(model, tokenizer, prompts, sampling, generators=None):
+    """Completions of prompts (lists of ids): ids (B, L), completion_mask (B, L), texts.
+
+    sampling: generate's knobs, a dict; generators: one per row.
+    """
     model.eval()
-    completion_ids = generate(model, prompt_ids, **sampling)
+    prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
+    completion_ids = generate(model, prompt_ids, attention_mask=attention_mask,
+                              generators=generators, **sampling)
     mask = completion_mask(completion_ids, model.config.end_ids)
-    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(completion_ids, mask)]
+    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True)
+             for ids, keep in zip(completion_ids, mask)]
     return completion_ids, mask, texts
 
 
-def rollout(model, tokenizer, prompt_ids, reward, num_generations, generator, **sampling):
-    """Samples a prompt's group and rewards it.
+def rollout(model, tokenizer, problems, num_generations, sampling, seed, step):
+    """Samples and rewards a group for each of some problems, all in one call of the sampler.
 
-    prompt_ids: list of P ids. reward: texts -> list of floats. sampling: generate's knobs.
+    problems: [(k, task, prompt ids, example)], k = the prompt's number in this iteration;
+    sampling: generate's knobs. Every row has a random stream of its own, of seed, step, k and row.
     """
-    prompts = torch.tensor([prompt_ids] * num_generations, device=model.device)
-    completion_ids, mask, texts = complete(model, tokenizer, prompts, generator=generator, **sampling)
-    rewards = torch.tensor(reward(texts), device=model.device, dtype=torch.float32)
-    return Group(prompts, completion_ids, mask, rewards, texts)
+    prompts, generators = [], []
+    for k, _, prompt, _ in problems:
+        for row in range(num_generations):
+            prompts.append(prompt)
+            generators.append(torch_stream(model.device, seed, 'rollout', step, k, row))
+    completion_ids, mask, texts = complete(model, tokenizer, prompts, sampling, generators)
+    groups = []
+    for i, (k, task, prompt, example) in enumerate(problems):
+        rows = slice(i * num_generations, (i + 1) * num_generations)
+        grades = rewards.grade_all(task, texts[rows], [example] * num_generations)
+        reward = torch.tensor([float(reward) for reward, _ in grades], device=model.device)
+        prompt_ids = torch.tensor([prompt] * num_generations, device=model.device)
+        groups.append(Group(k, task, example, prompt_ids, completion_ids[rows], mask[rows],
+                            texts[rows], reward, group_advantages(reward, num_generations)))
+    return groups
 
 
 @torch.no_grad()
-def fixed_logps(model, reference, group, prompt_mask, beta):
-    """old_logps and ref_logps (G, L) of a group under prompt_mask; ref_logps is None when beta is 0.
+def fixed_logps(model, reference, group, beta, batch):
+    """Old and reference log-probs of a group: for each of its prompt masks a (G, L) each.
 
-    reference() is a context that gives the reference policy: the model without its adapters, or a frozen copy.
+    model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
+    itself, whose adapters are off here; it is not asked when beta is 0. batch: rows at once.
     """
     model.eval()
-    tensors = group.prompt_ids, group.completion_ids, prompt_mask, group.mask
-    old_logps = completion_logps(model, *tensors)
+    mu = len(group.prompt_masks)
+    prompt_masks = torch.cat(group.prompt_masks)                 # (mu*G, P)
+
+    def all_masks(policy):
+        parts = []
+        for rows in torch.arange(len(prompt_masks), device=model.device).split(batch):
+            own = rows % len(group.texts)                        # row of the group
+            parts.append(completion_logps(policy, group.prompt_ids[own], group.completion_ids[own],
+                                          prompt_masks[rows], group.completion_mask[own]))
+        return torch.cat(parts).chunk(mu)
+    old_logps = all_masks(model)
     if not beta:
-        return old_logps, None
-    with reference() as reference_model:
-        return old_logps, completion_logps(reference_model, *tensors)
+        return old_logps, [None] * mu
+    with lora_off(reference):
+        return old_logps, all_masks(reference)

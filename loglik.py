@@ -1,36 +1,32 @@
 """The mean-field estimate of a completion's log-probabilities (d1, arXiv 2504.12216, section 3.1).
 
 A masked diffusion model has no left-to-right likelihood. d1 takes log p(o|q) as the sum over k of
-log p(o_k|q'), all from one forward pass in which the whole completion o is masked and each prompt token
-is masked with probability p_mask_prompt (q'). Drawing another q' for each inner update of the same rollouts
-makes many noisy views of one sample, which regularises and saves rollouts.
+log p(o_k|q'), all from one forward pass in which the whole completion o is masked and each prompt
+token is masked with probability p_mask_prompt (q'). Another q' for each inner update of the same
+rollouts makes many noisy views of one sample, which regularises and saves rollouts.
 """
 import torch
 
 
 def random_prompt_mask(prompt_ids, p_mask_prompt, generator=None):
-    """prompt_ids (B, P) -> (B, P) bool, True = masked, each with probability p_mask_prompt on its own."""
-    return torch.rand(prompt_ids.shape, device=prompt_ids.device, generator=generator) < p_mask_prompt
+    """prompt_ids (B, P) -> (B, P) bool, True = masked, each token on its own with p_mask_prompt."""
+    noise = torch.rand(prompt_ids.shape, device=prompt_ids.device, generator=generator)
+    return noise < p_mask_prompt
 
 
 def one_step_view(prompt_ids, completion_ids, prompt_mask, mask_id):
-    """ids (B, T) with the prompt masked where prompt_mask (B, P) says so and the completion everywhere."""
-    prompt = prompt_ids.masked_fill(prompt_mask, mask_id)
-    return torch.cat((prompt, torch.full_like(completion_ids, mask_id)), dim=1)
+    """ids (B, T): the prompt masked where prompt_mask (B, P) is True, the completion everywhere."""
+    prompt = prompt_ids.masked_fill(prompt_mask, mask_id)        # (B, P)
+    completion = torch.full_like(completion_ids, mask_id)        # (B, L)
+    return torch.cat((prompt, completion), dim=1)
 
 
-def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None, attention_mask=None):
+def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None):
     """log p(o_k | q') of every completion token, (B, L) float32 (d1, section 3.1).
 
     prompt_ids (B, P), completion_ids (B, L) int64; prompt_mask (B, P) bool, True = masked;
-    completion_mask (B, L) bool: the tokens that count, the others' log-probs are 0; None = all count.
-    attention_mask (B, T), True or 1 = real token, where prompts are padded. New, old and reference
-    log-probs are comparable only under the same prompt_mask.
+    completion_mask (B, L) bool: the tokens that count, the others get 0; None = all count.
+    New, old and reference log-probs are comparable only under the same prompt_mask.
     """
-    B, P = prompt_ids.shape
-    ids = one_step_view(prompt_ids, completion_ids, prompt_mask, model_config(model).mask_id)  # (B, T)
-    return model(ids, attention_mask, at=(slice(None), slice(P, None)), targets=completion_ids, counted=completion_mask)
-
-
-def model_config(model):
-    return getattr(model, 'module', model).config  # DistributedDataParallel keeps the model inside
+    ids = one_step_view(prompt_ids, completion_ids, prompt_mask, model.config.mask_id)
+    return model.token_logps(ids, completion_ids, completion_mask)

@@ -1,228 +1,311 @@
 """LLaDA's semi-autoregressive sampler (arXiv 2502.09992, appendix; d1, section 2.1).
 
-A completion starts as gen_length masks. Blocks are filled from left to right; within a block every step
-predicts all masks at once and commits the predictions the model is surest of.
-    python sample.py --task gsm8k       shows a text being denoised by the last checkpoint in out/
+A completion starts as gen_length masks. Blocks are filled from left to right; within a block every
+step predicts all masks at once and commits the predictions of which the model is surest.
+    python sample.py --task gsm8k       shows a text being denoised by the newest model in out/
     python sample.py --model GSAI-ML/LLaDA-8B-Instruct --prompt "How many legs do 3 cats have?"
 """
 import argparse
+import functools
 import glob
+import hashlib
 import os
+import random
 import sys
 
 import torch
 import torch.nn.functional as F
 
 
-def commit_counts(block_length, steps):
-    """How many tokens each of a block's steps commits: equal shares, the first steps take one more."""
-    return [block_length // steps + (i < block_length % steps) for i in range(min(steps, block_length))]
+def choose(logits, mask_id, temperature=0.0, remasking='low_confidence', generators=None,
+           num_masks=None):
+    """A token for every mask, and the model's confidence in it: logits (B, n, V) -> 2 x (B, n).
 
-
-def check_lengths(gen_length, block_length, steps, where=''):
-    """Raises ValueError unless blocks divide the completion and every block gets the same number of steps."""
-    if min(gen_length, block_length, steps) < 1:
-        raise ValueError(f'{where}gen_length {gen_length}, block_length {block_length} and steps {steps} must be at least 1')
-    blocks, rest = divmod(gen_length, block_length)
-    if rest:
-        raise ValueError(f'{where}gen_length {gen_length} is not a multiple of block_length {block_length}: '
-                         'choose a block_length that divides it')
-    if steps % blocks:
-        raise ValueError(f'{where}steps {steps} is not a multiple of the {blocks} blocks: choose a multiple of {blocks}')
-
-
-def check_speed(cache, refresh, threshold, remasking):
-    """Raises ValueError on faster modes that cannot work."""
-    if refresh < 0 or refresh and not cache:
-        raise ValueError(f'refresh {refresh} counts the steps between refreshes of a cache, 0 = never: '
-                         'it takes --cache and is not negative')
-    if not 0 <= threshold <= 1:
-        raise ValueError(f'threshold {threshold} is no probability: choose one from 0 (off) to 1')
-    if threshold and remasking == 'random':
-        raise ValueError(f"threshold {threshold} asks how sure the model is, which remasking 'random' does not: drop one")
-
-
-def choose(logits, mask_id, temperature, remasking, generator):
-    """logits (R, n, V) -> tokens (R, n) and how sure the model is of each (R, n), float32.
-
-    The token is the argmax of logits + temperature * Gumbel noise; the noise is -log of an exponential
-    draw, in float32, since bfloat16 noise makes sampling nearly greedy. The mask is never chosen.
+    The token is the argmax of logits + temperature * Gumbel noise (float32: bfloat16 noise acts
+    like a lower temperature). The mask itself is never chosen. generators: one per row, so that
+    a completion does not depend on the rows beside it; None = torch's global one. num_masks: how
+    many of the n positions of each row are masks, the first ones; None = all.
     """
+    B, n, _ = logits.shape
     logits = logits.float()
     logits[..., mask_id] = -torch.inf
+    generators = generators or [None] * B
+    num_masks = num_masks or [n] * B
     scores = logits
     if temperature > 0:
-        scores = logits / temperature - torch.empty_like(logits).exponential_(generator=generator).log_()
-    tokens = scores.argmax(-1)
+        noise = torch.ones_like(logits)
+        for row, masks, generator in zip(noise, num_masks, generators):
+            row[:masks].exponential_(generator=generator)
+        scores = logits / temperature - noise.log_()             # -log of an exponential is Gumbel
+    tokens = scores.argmax(dim=-1)                               # (B, n)
     if remasking == 'random':
-        return tokens, torch.rand(tokens.shape, device=tokens.device, generator=generator)
-    return tokens, (logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)).exp()
+        confidence = torch.zeros(B, n, device=tokens.device)
+        for row, masks, generator in zip(confidence, num_masks, generators):
+            row[:masks].uniform_(generator=generator)
+        return tokens, confidence
+    log_sum = logits.logsumexp(dim=-1)                           # softmax of the chosen token only
+    return tokens, (logits.gather(-1, tokens[..., None])[..., 0] - log_sum).exp()
+
+
+def commit_counts(block_length, steps):
+    """How many tokens each step commits: equal shares, the first take one more: 8, 3 -> 3 3 2."""
+    share, rest = divmod(block_length, steps)
+    return [share + 1] * rest + [share] * (steps - rest if share else 0)
+
+
+@torch.no_grad()
+def generate_plain(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0,
+                   remasking='low_confidence', generators=None):
+    """LLaDA's loop, to read: prompt_ids (B, P) -> completion_ids (B, L = gen_length).
+
+    generate below gives the same tokens up to each completion's end, sooner.
+    """
+    B, P = prompt_ids.shape
+    mask_id = model.config.mask_id
+    ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)      # (B, T): masks after the prompt
+    steps_per_block = steps * block_length // gen_length
+    for start in range(P, P + gen_length, block_length):
+        block = ids[:, start:start + block_length]               # a view: writing it writes ids
+        for count in commit_counts(block_length, steps_per_block):
+            masks = (block == mask_id).nonzero()[:, 1].view(B, -1)           # (B, n) positions
+            logits = model(ids)[:, start:start + block_length]               # (B, block_length, V)
+            logits = logits.gather(1, masks[..., None].expand(-1, -1, logits.size(-1)))
+            tokens, confidence = choose(logits, mask_id, temperature, remasking, generators)
+            surest = confidence.topk(count).indices                          # (B, count)
+            block.scatter_(1, masks.gather(1, surest), tokens.gather(1, surest))
+    return ids[:, P:]
+
+
+# ---- the same, fast: what training and evaluation use ----
+
+def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0,
+             cfg_scale=0.0, remasking='low_confidence', attention_mask=None, generators=None,
+             cache=False, threshold=0.0):
+    """Completions (B, L = gen_length) of prompt_ids (B, P) int64; eos after the block of an end.
+
+    steps: over the whole completion; block_length and steps must fit gen_length, else ValueError.
+    attention_mask (B, P): True or 1 = real token, for prompts padded on the left.
+    generators: one torch.Generator per row. cfg_scale: classifier-free guidance (LLaDA, app.).
+    cache: keys and values outside the block are computed in its first step only; not exact.
+    threshold: commit every token of at least this confidence, and always one, instead of a fixed
+    number; 0 = off (Fast-dLLM, arXiv 2505.22618, has both).
+    """
+    for ids in denoise(model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale,
+                       remasking, attention_mask, generators, cache, threshold):
+        pass
+    return ids[:, prompt_ids.size(1):].clone()   # no inference tensor, so that gradients can use it
 
 
 @torch.inference_mode()
-def denoise(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0, cfg_scale=0.0,
-            remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=0.0):
-    """Yields the ids (B, P + L), some still masks, after every step; arguments as in generate."""
-    check_lengths(gen_length, block_length, steps)
-    if remasking not in ('low_confidence', 'random'):
-        raise ValueError(f"remasking is 'low_confidence' or 'random', not {remasking!r}")
-    (B, P), config, device = prompt_ids.shape, model.config, prompt_ids.device
-    end_ids = torch.tensor(config.end_ids, device=device)
-    ids = F.pad(prompt_ids, (0, gen_length), value=config.mask_id)  # (B, T)
-    seen = None if attention_mask is None else F.pad(attention_mask.bool(), (0, gen_length), value=True)
-    rows = torch.arange(B, device=device)  # the rows that have not ended: R of them
+def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0, cfg_scale=0.0,
+            remasking='low_confidence', attention_mask=None, generators=None, cache=False,
+            threshold=0.0):
+    """Yields the ids (B, T), some still masks, after every step; arguments as in generate.
 
-    for first in range(P, P + gen_length, block_length):
-        block = slice(first, first + block_length)
-        live, row_mask = rows, None if seen is None else seen[rows]  # live: the rows with masks in this block
-        copies = 2 if cfg_scale > 0 else 1  # with guidance each row goes in twice, once without its prompt
-        kv = model.new_cache(copies * len(rows), ids.size(1)) if cache else None
-        counts = commit_counts(block_length, steps * block_length // gen_length)
-        step, left = 0, block_length  # left: the most masks in a live row's block
-        while left:
-            masked = ids[live, block] == config.mask_id  # (R, block_length)
-            columns = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
-            # with a cache, only its first step (and every refresh) sees more than the block
-            whole = kv is None or step == 0 or (refresh and step % refresh == 0)
-            start = 0 if whole else first
-            logits = predict(model, ids[live], P, slice(None) if whole else block, row_mask,
-                             columns + first - start, kv, start, cfg_scale)  # (R, left, V)
-            tokens, sure = choose(logits, config.mask_id, temperature, remasking, generator)
-            here = (live[:, None], first + columns)
-            if not threshold:
-                commit = torch.zeros_like(sure, dtype=torch.bool)
-                commit.scatter_(1, sure.topk(counts[step]).indices, True)
-                left -= counts[step]
-            else:
-                masked = masked.gather(1, columns)
-                sure = sure.masked_fill(~masked, -1)
-                commit = (sure >= threshold).scatter_(1, sure.argmax(1, keepdim=True), True)
-                masks = (masked & ~commit).sum(1)
-                left, going = int(masks.max()), masks > 0  # rows that have filled their block wait for the others
-                live, row_mask = live[going], None if row_mask is None else row_mask[going]
-                kv = kv and [(k[going.repeat(copies)], v[going.repeat(copies)]) for k, v in kv]
-            ids[here] = torch.where(commit, tokens, ids[here])
-            step += 1
+    Beside the plain loop: the LM head and the noise see the block's masks only; rows that have
+    ended are left out; with a cache or a threshold a step costs less, or fewer are needed.
+    """
+    check_lengths(gen_length, block_length, steps)
+    B, P = prompt_ids.shape
+    mask_id, device = model.config.mask_id, prompt_ids.device
+    end_ids = torch.tensor(model.config.end_ids, device=device)
+    counts = commit_counts(block_length, steps * block_length // gen_length)
+    ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)                  # (B, T)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask.bool(), (0, gen_length), value=True)
+    generators = generators or [None] * B
+    unfinished = torch.arange(B, device=device)                  # rows without an end so far
+
+    for block_start in range(P, P + gen_length, block_length):
+        block = slice(block_start, block_start + block_length)
+        active = unfinished                                      # (R,) rows with masks in the block
+        row_generators = [generators[row] for row in active.tolist()]
+        masks_left = block_length                                # the most of any active row
+        step, kv = 0, None
+        if cache:
+            kv = model.new_cache(len(active) * (2 if cfg_scale else 1), ids.size(1))
+        while masks_left:
+            is_mask = ids[active, block] == mask_id                          # (R, block_length)
+            order = is_mask.byte().argsort(dim=1, descending=True, stable=True)
+            positions = order[:, :masks_left]            # the masks from left to right come first
+            is_mask = is_mask.gather(1, positions)                           # (R, n)
+            # with a cache the first step of a block sees all tokens, the others only the block
+            seen = block if cache and step else slice(0, ids.size(1))
+            logits = predict(model, ids[active, seen], positions + block_start - seen.start,
+                             None if attention_mask is None else attention_mask[active],
+                             kv, seen.start, P, cfg_scale)                   # (R, n, V)
+            num_masks = is_mask.sum(1).tolist() if threshold else None   # rows may differ
+            tokens, confidence = choose(logits, mask_id, temperature, remasking, row_generators,
+                                        num_masks)
+            commit = to_commit(confidence, is_mask, counts[step:step + 1], threshold)
+            rows, columns = active[:, None], positions + block_start
+            ids[rows, columns] = tokens.where(commit, ids[rows, columns])
             yield ids
-        # Later blocks cannot change this one, so a row with an end in it is finished.
-        ended = torch.isin(ids[rows, block], end_ids).any(1)
-        ids[rows[ended], block.stop:] = config.eos_id
-        rows = rows[~ended]
-        if len(rows) == 0:
+            step += 1
+            if not threshold:
+                masks_left -= counts[step - 1]
+                continue
+            still_masks = (is_mask & ~commit).sum(1)                         # (R,)
+            masks_left = int(still_masks.max())
+            active, kv = leave_out(still_masks == 0, active, kv)
+            row_generators = [generators[row] for row in active.tolist()]
+        # later blocks cannot change this one, so a row with an end in it is finished
+        ended = torch.isin(ids[unfinished, block], end_ids).any(1)
+        ids[unfinished[ended], block.stop:] = model.config.eos_id
+        unfinished = unfinished[~ended]
+        if len(unfinished) == 0:
             break
     yield ids
 
 
-def predict(model, ids, P, part, attention_mask, columns, kv, start, cfg_scale):
-    """Logits (R, n, V) at columns (R, n) of ids[:, part], guided away from the model without prompt."""
-    rows = torch.arange(len(ids), device=ids.device)[:, None]
-    if cfg_scale == 0:
-        return model(ids[:, part], attention_mask, at=(rows, columns), cache=kv, start=start)
-    blind = ids.clone()
-    blind[:, :P] = model.config.mask_id
-    both = torch.cat((ids, blind))[:, part]
-    attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    at = (torch.cat((rows, rows + len(ids))), columns.repeat(2, 1))
-    logits, blind_logits = model(both, attention_mask, at=at, cache=kv, start=start).chunk(2)
-    return blind_logits + (cfg_scale + 1) * (logits - blind_logits)
+def to_commit(confidence, is_mask, count, threshold):
+    """Which predictions a step commits, (R, n) bool: the `count` surest, or all above a threshold.
 
-
-def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0, cfg_scale=0.0,
-             remasking='low_confidence', attention_mask=None, generator=None, cache=False, refresh=0, threshold=0.0):
-    """Completions (B, L = gen_length) of prompt_ids (B, P), int64; everything behind a finished block with an end is eos.
-
-    steps: over the whole completion; block_length and steps must fit gen_length, else ValueError.
-    attention_mask (B, P): True or 1 = real token, for prompts padded on the left.
-    cache: keys and values outside the block are computed in its first step, then every `refresh` steps (0 = never);
-    faster, not exact. threshold: commit all tokens at least this sure, and always one, instead of a fixed number; 0 = off.
+    is_mask (R, n): False where a row has fewer masks than others; count: a list of one number.
     """
-    for ids in denoise(model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale, remasking,
-                       attention_mask, generator, cache, refresh, threshold):
-        pass
-    return ids[:, prompt_ids.size(1):].clone()  # a clone is no inference tensor, so that gradients can use it
+    if threshold:
+        confidence = confidence.masked_fill(~is_mask, -1)
+        surest = confidence.argmax(dim=1, keepdim=True)          # at least one
+        return (confidence >= threshold).scatter(1, surest, True)
+    surest = confidence.topk(count[0]).indices
+    return torch.zeros_like(is_mask).scatter(1, surest, True)
 
 
-def parser(description):
-    """An argparse.ArgumentParser that raises ValueError, in one line, where argparse would print all flags and exit."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    def fail(message): raise ValueError(f'{message} (--help lists all flags)')
-    p.error = fail
-    return p
+def predict(model, ids, positions, attention_mask, kv, start, num_prompt_tokens, cfg_scale):
+    """Logits (R, n, V) at positions of ids, which begin at place `start` of the sequence.
+
+    With guidance each row goes in twice, once with its prompt masked, and is pushed away from that.
+    """
+    if cfg_scale:
+        unconditional = ids.clone()
+        unconditional[:, :max(num_prompt_tokens - start, 0)] = model.config.mask_id
+        ids = torch.cat((ids, unconditional))
+        positions = positions.repeat(2, 1)
+        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    if kv is None:
+        logits = model(ids, attention_mask, positions)
+    else:
+        logits = model.cached_logits(ids, positions, kv, start, attention_mask)
+    if not cfg_scale:
+        return logits
+    logits, unconditional = logits.chunk(2)
+    return unconditional + (cfg_scale + 1) * (logits - unconditional)
 
 
-def last_model(out):
-    """The newest model that a run has left in the folder `out`; ValueError when there is none."""
-    folders = sorted(glob.glob(os.path.join(out, '*', 'model')), key=os.path.getmtime)
-    if not folders:
-        raise ValueError(f'no model in {out}/: run python train.py first, or give --model FOLDER')
-    return folders[-1]
+def leave_out(finished, active, kv):
+    """The active rows and their cache without those that have filled their block."""
+    if not finished.any():
+        return active, kv
+    if kv is not None:
+        copies = len(kv[0][0]) // len(active)                    # 2 with guidance
+        keep = ~finished.repeat(copies)
+        kv = [(keys[keep], values[keep]) for keys, values in kv]
+    return active[~finished], kv
+
+
+def check_lengths(gen_length, block_length, steps):
+    """Raises ValueError unless blocks fill the completion and share the steps equally."""
+    if block_length < 1 or gen_length < 1 or gen_length % block_length:
+        raise ValueError(f'gen_length {gen_length} is no multiple of block_length {block_length}')
+    blocks = gen_length // block_length
+    if steps % blocks or steps == 0:
+        raise ValueError(f'steps {steps} is no multiple of the {blocks} blocks of a completion')
+
+
+# ---- random streams and prompts, for all that draws or pads ----
+
+def random_stream(*key):
+    """A random.Random of the key alone: a resumed run, on any number of processes, draws alike."""
+    return random.Random(hashlib.sha256(repr(key).encode()).digest())
+
+
+def torch_stream(device, *key):
+    return torch.Generator(device).manual_seed(random_stream(*key).getrandbits(63))
+
+
+@functools.lru_cache(maxsize=16)
+def epoch_order(n, *key):
+    return random_stream(*key).sample(range(n), n)
+
+
+def shuffled(items, index, *key):
+    """Item number index of an endless stream: each once, in random order, before any again."""
+    epoch, i = divmod(index, len(items))
+    return items[epoch_order(len(items), *key, epoch)[i]]
+
+
+def left_pad(prompts, pad_id, device):
+    """[list of ids] -> ids (B, P), attention_mask (B, P) bool, True = real; None if all are."""
+    P = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), P), pad_id)
+    real = torch.zeros(len(prompts), P, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, P - len(prompt):] = torch.tensor(prompt)
+        real[row, P - len(prompt):] = True
+    return ids.to(device), None if real.all() else real.to(device)
 
 
 def chat(tokenizer, text):
-    """One user message as token ids, chat template and generation prompt included."""
-    return tokenizer.apply_chat_template([dict(role='user', content=text)], add_generation_prompt=True, return_dict=False)
+    """One user message as token ids, with the chat template and its opening of the answer."""
+    message = [dict(role='user', content=text)]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
 
 
-def show(model, tokenizer, text, **sampling):
-    """Prints a chat prompt's completion after every step: masks as dots, new tokens highlighted on a terminal."""
-    prompt = chat(tokenizer, text)
-    if len(prompt) + sampling['gen_length'] > model.config.max_sequence_length:
-        raise ValueError(f'the prompt has {len(prompt)} tokens: with gen_length they are more than the '
-                         f'{model.config.max_sequence_length} of the model')
-    prompt_ids = torch.tensor([prompt], device=model.device)
-    new, old = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('', '')
-    before = [model.config.mask_id] * sampling['gen_length']
+# ---- python sample.py: watch a text being denoised ----
+
+def show(model, tokenizer, prompt, generators, sampling):
+    """Prints a prompt's completion after every step, masks as dots."""
+    mask, end = tokenizer.decode([model.config.mask_id]), tokenizer.decode([model.config.eos_id])
     print(tokenizer.decode(prompt))
-    for step, ids in enumerate(denoise(model, prompt_ids, **sampling)):
-        ids = ids[0, len(prompt):].tolist()
-        if ids == before:
-            continue  # the last yield: nothing new
-        line = ''
-        for token, token_before in zip(ids, before):
-            if token == model.config.mask_id:
-                line += '.'
-            elif token not in model.config.end_ids:
-                piece = tokenizer.decode([token]).replace('\n', '\\n')
-                line += piece if token == token_before else f'{new}{piece}{old}'
+    prompt_ids = torch.tensor([prompt], device=model.device)
+    for step, ids in enumerate(denoise(model, prompt_ids, generators=generators, **sampling)):
+        text = tokenizer.decode(ids[0, len(prompt):])
+        line = text.replace(mask, '.').replace(end, '').replace('\n', '\\n')
         print(f'{step + 1:4} {line}', flush=True)
-        before = ids
-    print(tokenizer.decode(before, skip_special_tokens=True))
+    print(tokenizer.decode(ids[0, len(prompt):], skip_special_tokens=True))
 
 
-if __name__ == '__main__':
-    import random
+def newest_model(out):
+    """The newest model that a run has left in the folder `out`; ValueError when there is none."""
+    folders = glob.glob(os.path.join(out, '*', 'model'))
+    if not folders:
+        raise ValueError(f'no model in {out}/: run python train.py first, or give --model FOLDER')
+    return max(folders, key=os.path.getmtime)
 
+
+def main():
     import rewards
     from model import load
 
-    p = parser(__doc__)
+    p = argparse.ArgumentParser(usage='python sample.py [flags]; --help lists them',
+                                description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='', help='a folder or hub id [the newest model in out/]')
-    p.add_argument('--out', default='out', help='where runs are kept')
-    p.add_argument('--task', default='gsm8k', help='show a built-in problem of this task')
+    p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem to show')
     p.add_argument('--prompt', default='', help='show this question instead')
     p.add_argument('--gen_length', type=int, default=32)
     p.add_argument('--block_length', type=int, default=8)
-    p.add_argument('--steps', type=int, default=0, help='[gen_length / 2]')
     p.add_argument('--temperature', type=float, default=0.0)
-    p.add_argument('--cache', action='store_true', help='keys and values outside the block are kept within it; not exact')
-    p.add_argument('--refresh', type=int, default=0, help='steps between refreshes of the cache (0 = once a block)')
-    p.add_argument('--threshold', type=float, default=0.0, help='commit every token this sure, instead of a fixed number')
-    p.add_argument('--seed', type=int, default=0, help='of the built-in problem and of the noise')
+    p.add_argument('--cache', action='store_true', help='keep keys and values; not exact')
+    p.add_argument('--threshold', type=float, default=0.0, help='commit all tokens this sure')
+    p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
+    args = p.parse_args()
+    sampling = dict(gen_length=args.gen_length, block_length=args.block_length,
+                    steps=args.gen_length // 2, temperature=args.temperature, cache=args.cache,
+                    threshold=args.threshold)
+    model, tokenizer = load(args.model or newest_model('out'))
+    if torch.cuda.is_available():
+        model = model.to('cuda', torch.bfloat16)
+    generators = [torch.Generator(model.device).manual_seed(args.seed)]
+    example = rewards.make(args.task, random.Random(args.seed), 'test')
+    if args.prompt:
+        example = dict(question=args.prompt)
+    prompt = chat(tokenizer, rewards.prompt(args.task, example))
+    show(model.eval(), tokenizer, prompt, generators, sampling)
+
+
+if __name__ == '__main__':
     try:
-        a = p.parse_args()
-        a.steps = a.steps or a.gen_length // 2
-        if not 0 <= a.temperature < float('inf'):
-            raise ValueError(f'--temperature {a.temperature} is out of range: give a number from 0')
-        if a.task not in rewards.TASKS:
-            raise ValueError(f'--task {a.task} is unknown: choose from {", ".join(rewards.TASKS)}')
-        check_lengths(a.gen_length, a.block_length, a.steps)
-        check_speed(a.cache, a.refresh, a.threshold, 'low_confidence')
-        place = (torch.bfloat16, 'cuda') if torch.cuda.is_available() else (torch.float32, 'cpu')
-        model, tokenizer = load(a.model or last_model(a.out), *place)
-        generator = torch.Generator(model.device).manual_seed(a.seed)
-        example = dict(question=a.prompt) if a.prompt else rewards.make(a.task, random.Random(a.seed), 'test')
-        show(model.eval(), tokenizer, rewards.prompt(a.task, example), gen_length=a.gen_length,
-             block_length=a.block_length, steps=a.steps, temperature=a.temperature, cache=a.cache,
-             refresh=a.refresh, threshold=a.threshold, generator=generator)
+        main()
     except (ValueError, OSError) as e:
-        sys.exit(print(f'sample.py: {e}', file=sys.stderr) or 2)
+        sys.exit(f'sample.py: {e}')

@@ -1,102 +1,126 @@
-"""The README's tables of nano results: all runs behind them, then mean and spread over seeds. A script, hours on a CPU.
+"""The runs behind the README's results, over bases of different seeds. A script; hours on a CPU.
 
-    python tests/experiments.py                        five tasks, seeds 0 1 2, d1 and diffu-GRPO alone
-    python tests/experiments.py --tasks math --seeds 0 --flags="--fixed_mask" --label fixed
-    python tests/experiments.py --kinds d1 --label fast --flags="--cache --threshold 0.7" --pace
---pace sets d1 with a label's flags beside d1 without: accuracy under the exact sampler, and time to a reward.
-Runs that are finished are not run again, so it can be stopped, repeated, and shared by processes with different tasks.
+    python tests/experiments.py                     all cells that are not in assets/results/ yet
+    python tests/experiments.py --bases 0 --tasks gsm8k math --kinds d1
+    python tests/experiments.py --table             only the tables
+A cell is one run of train.py: a base, a task, a kind. The base's seed is also the run's seed, so
+that the spread is what a user's own base and seed would give. A finished cell is a JSON line; stop
+at any time and repeat the command. Several processes may share the work if each has its own bases.
 """
 import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join(ROOT, 'assets', 'results', 'nano.jsonl')
 TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
-STAGES = dict(d1='sft,grpo', grpo='grpo')
+ALL = ','.join(TASKS)
+KINDS = {                        # name -> flags of train.py
+    'made': ['--eval_only', '--prefill', '<reasoning>'],         # the base made to think
+    'grpo': ['--stages', 'grpo'],
+    'd1': ['--stages', 'sft,grpo'],
+}
+ONE_MODEL = {                    # one model for all tasks: as many problems in all, and five times
+    'all': ['--stages', 'sft,grpo', '--task', ALL],
+    'all5': ['--stages', 'sft,grpo', '--task', ALL, '--grpo_steps', '200'],
+}
 
 
-def run(args, name, last, *flags):
-    """The results of a run {stage: {task: {length: scores}}}; runs it unless the file that it writes last is there."""
+def finished(path):
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def run_cell(args, base, task, kind):
+    """Runs train.py for one cell and appends a line per stage, test set and length."""
+    flags = (KINDS | ONE_MODEL)[kind]
+    name = f'x-{kind}-{task}-{base}'
     folder = os.path.join(args.out, name)
-    if not os.path.exists(os.path.join(folder, last)) and not args.table:
-        command = [sys.executable, os.path.join(ROOT, 'train.py'), *flags, '--eval_lengths', '32', '--name', name, '--out', args.out]
-        command += ['--resume'] if os.path.exists(folder) else []
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with open(os.path.join(folder, 'results.json')) as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return {}
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), '--task', task, *flags,
+               '--base_seed', str(base), '--seed', str(base), '--eval_lengths', '32,64',
+               '--name', name, '--out', args.out, *args.flags.split()]
+    if os.path.exists(os.path.join(folder, 'config.json')):
+        command.append('--resume')
+    began = time.time()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = time.time() - began
+    with open(os.path.join(folder, 'results.json')) as file:
+        results = json.load(file)
+    log = finished(os.path.join(folder, 'log.jsonl'))
+    rows = [row for row in log if row['stage'] == 'grpo']
+    curve = {name: [round(row[name], 4) for row in rows]
+             for name in ('reward', 'length', 'kl', 'grad_norm')} if rows else {}
+    with open(args.results, 'a') as file:
+        cell = dict(base=base, task=task, kind=kind, flags=' '.join(command[2:]), seconds=seconds,
+                    results=results, curve=curve)
+        file.write(json.dumps(cell) + '\n')
 
 
-def train(args, label, task, kind, seed):
-    name = '-'.join(filter(None, ['x', label, task, kind, str(seed)]))
-    flags = args.flags.split() if label else []
-    return name, run(args, name, 'model', '--task', task, '--seed', str(seed), '--stages', STAGES[kind], *flags)
+def cells(args):
+    """Every (base, task, kind) that was asked for; one model for all comes after single tasks."""
+    for base in args.bases:
+        for kind in args.kinds:
+            if kind in ONE_MODEL:
+                yield base, 'all', kind
+            else:
+                for task in args.tasks:
+                    yield base, task, kind
 
 
-def cell(results, stage, task, score='accuracy', scale=100):
-    """'mean (lowest to highest)' of one score of a stage over the seeds' results."""
-    return spread([scale * r[stage][task]['32'][score] for r in results if stage in r])
+def spread(values, scale=100):
+    """'mean (lowest to highest)'"""
+    if not values:
+        return '-'
+    values = [scale * value for value in values]
+    return f'{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})'
 
 
-def spread(values):
-    return f'{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})' if values else '-'
-
-
-def table(args):
-    print('| task | constant | base | + SFT | + diffu-GRPO | d1 | tokens: base, SFT, diffu-GRPO, d1 |\n' + '| --- ' * 7 + '|')
-    for task in args.tasks:
-        d1, alone = ([train(args, args.label, task, kind, seed)[1] for seed in args.seeds if kind in args.kinds] for kind in STAGES)
-        columns = [(d1 or alone, 'base'), (d1, 'sft'), (alone, 'grpo'), (d1, 'grpo')]
-        for score, row in [('accuracy', task), ('share', 'Sudoku cells')][:1 + (task == 'sudoku')]:
-            lengths = ', '.join(cell(r, stage, task, 'effective_tokens', 1).split()[0] for r, stage in columns)
-            print(f'| {row} | ' + ' | '.join(cell(r, stage, task, score) for r, stage in [(d1 or alone, 'constant'), *columns])
-                  + f' | {lengths} |')
-
-
-def pace(args):
-    """Rows of every task without and with the label: what its policies can do, and how long they took to a reward."""
-    print('| task | rollouts | accuracy, exact sampler | reward | reached after s | in iterations | s an iteration | first ratio |\n'
-          + '| --- ' * 8 + '|')
-    for task in args.tasks:
-        goal = None  # nine tenths of the way from the first iteration's reward to the end's, in the mean of the exact runs
-        for label in ('', args.label):
-            exact, logs = [], []
-            for seed in args.seeds:
-                name, results = train(args, label, task, 'd1', seed)
-                if label:  # its own evaluation was a fast one
-                    results = run(args, f'{name}-exact', 'results.json', '--task', task, '--seed', str(seed), '--eval_only',
-                                  '--model', os.path.join(args.out, name, 'model'))
-                exact.append(100 * results['base' if label else 'grpo'][task]['32']['accuracy'])
-                with open(os.path.join(args.out, name, 'log.jsonl')) as f:
-                    logs.append([row for row in map(json.loads, f) if row['stage'] == 'grpo'])
-            mean = lambda rows, key='reward': sum(row[key] for row in rows) / len(rows)
-            start, end = (sum(map(mean, parts)) / len(parts) for parts in ([log[:1] for log in logs], [log[-10:] for log in logs]))
-            goal = goal or start + 0.9 * (end - start)
-            steps = [next((i for i in range(3, len(log) + 1) if mean(log[i - 3:i]) >= goal), None) for log in logs]
-            times = [sum(row['seconds'] for row in log[:i]) for log, i in zip(logs, steps) if i]
-            print(f'| {task} | {args.flags if label else "exact"} | {spread(exact)} | {goal:.2f} | {spread(times)} | '
-                  f'{", ".join(map(str, steps))} | {mean([row for log in logs for row in log], "seconds"):.2f} | '
-                  f'{mean([row for log in logs for row in log], "first_ratio"):.3f} |', flush=True)
+def table(rows, length):
+    """Accuracy in % of every stage at one completion length; effective tokens beside it."""
+    columns = [('grpo', 'base', 'base'), ('made', 'base', 'base made to think'),
+               ('d1', 'sft', '+ SFT'), ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1'),
+               ('all', 'grpo', 'd1, one model for all'), ('all5', 'grpo', '5 times longer')]
+    print(f'\nAccuracy in % at {length} tokens: mean over bases (lowest to highest)\n')
+    print('| task | ' + ' | '.join(name for _, _, name in columns) + ' | tokens: base, d1 |')
+    print('| --- ' * (len(columns) + 2) + '|')
+    for task in TASKS:
+        line, tokens = f'| {task} ', {}
+        for kind, stage, name in columns:
+            found = [row['results'][stage][task][str(length)] for row in rows
+                     if row['kind'] == kind and task in row['results'].get(stage, {})]
+            line += f"| {spread([score['accuracy'] for score in found])} "
+            tokens[name] = spread([score['effective_tokens'] for score in found], 1).split()[0]
+        print(line + f"| {tokens['base']}, {tokens['d1']} |")
+    bases = sorted({row['base'] for row in rows})
+    print(f'\nbases and seeds {bases}')
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
     p.add_argument('--tasks', nargs='*', default=TASKS, choices=TASKS)
-    p.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
-    p.add_argument('--kinds', nargs='*', default=list(STAGES), choices=STAGES)
-    p.add_argument('--out', default='out')
-    p.add_argument('--label', default='', help='a part of the runs\' names, for other flags')
-    p.add_argument('--flags', default='', help='more flags of train.py, with a label')
+    p.add_argument('--kinds', nargs='*', default=[*KINDS, *ONE_MODEL],
+                   choices=[*KINDS, *ONE_MODEL])
+    p.add_argument('--out', default='out', help='where the runs are kept')
+    p.add_argument('--results', default=RESULTS)
+    p.add_argument('--flags', default='', help='more flags for every run')
     p.add_argument('--table', action='store_true', help='only print what is there')
-    p.add_argument('--pace', action='store_true', help='compare the label with no label')
     args = p.parse_args()
-    if bool(args.flags) != bool(args.label) or args.pace and (args.table or not args.label):
-        p.error('--label and --flags go together; --pace needs both, and no --table')
-    (pace if args.pace else table)(args)
+    os.makedirs(os.path.dirname(args.results), exist_ok=True)
+    if not args.table:
+        for cell in cells(args):
+            done = {(row['base'], row['task'], row['kind']) for row in finished(args.results)}
+            if cell not in done:
+                run_cell(args, *cell)
+                print(*cell, flush=True)
+    for length in (32, 64):
+        table(finished(args.results), length)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
-"""The README's table of GPU memory: what LLaDA-8B needs, computed from the code's own shapes; no GPU, no weights, seconds.
+"""The GPU memory that LLaDA-8B needs, computed from the code's own shapes; no GPU, no weights.
 
     python tests/memory.py
-The code runs on the meta device, where tensors have shapes but no memory, while every storage that it makes is counted
-until it is freed. Left out: the allocator's rounding and fragments, CUDA's own 0.5 to 1 GB, the buffers of DDP and NCCL, and what
-kernels need inside. Attention counts as a fused kernel: without its (T, T) matrix.
+The code runs on the meta device, where tensors have shapes but no memory, while every storage that
+it makes is counted until it is freed. Left out: the allocator's rounding and fragments, CUDA's own
+0.5 to 1 GB, NCCL's buffers, what kernels need inside. Attention counts as a fused kernel: without
+its (T, T) matrix.
 """
 import contextlib
 import os
@@ -11,6 +12,7 @@ import sys
 import weakref
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,12 +21,19 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from loglik import completion_logps
-from model import Config, LLaDA, add_lora
+from model import Config, LLaDA, add_lora, merge_lora
 from sample import choose
 
+torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True     # every token is scored
+
 # GSAI-ML/LLaDA-8B-Instruct
-CONFIG = dict(d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, mlp_hidden_size=12288, embedding_size=126464,
-              max_sequence_length=4096, rope_theta=500000.0, mask_token_id=126336, eos_token_id=126081)
+CONFIG = dict(d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, mlp_hidden_size=12288,
+              embedding_size=126464, max_sequence_length=4096, rope_theta=500000.0,
+              mask_token_id=126336, eos_token_id=126081)
+
+
+def storages(tree):
+    return {t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
 
 
 class Live(TorchDispatchMode):
@@ -36,9 +45,9 @@ class Live(TorchDispatchMode):
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        old = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        old = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for storage in {t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)} - old:
+        for storage in storages(out) - old:
             if storage not in self.known:
                 self.known.add(storage)
                 self.now += storage.nbytes()
@@ -67,7 +76,10 @@ class FusedAttention(torch.autograd.Function):
 @contextlib.contextmanager
 def fused_attention():
     plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, enable_gqa=False: FusedAttention.apply(q, k, v)
+
+    def fused(q, k, v, attn_mask=None, enable_gqa=False):
+        return FusedAttention.apply(q, k, v)
+    F.scaled_dot_product_attention = fused
     try:
         yield
     finally:
@@ -91,15 +103,24 @@ def build(config, lora_rank, checkpointing, device='meta'):
 
 
 def grpo_pass(model, B, P, L):
-    prompt_ids, completion_ids = (torch.zeros(B, n, dtype=torch.long, device=model.device) for n in (P, L))
-    completion_logps(model, prompt_ids, completion_ids, torch.zeros_like(prompt_ids, dtype=torch.bool)).sum().backward()
+    prompt_ids = torch.zeros(B, P, dtype=torch.long, device=model.device)
+    completion_ids = torch.zeros(B, L, dtype=torch.long, device=model.device)
+    prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
+    completion_logps(model, prompt_ids, completion_ids, prompt_mask).sum().backward()
 
 
 @torch.no_grad()
-def rollout_step(model, B, T, columns):
+def rollout_step(model, B, T, n):
     ids = torch.zeros(B, T, dtype=torch.long, device=model.device)
-    at = torch.arange(B, device=model.device)[:, None], torch.zeros(B, columns, dtype=torch.long, device=model.device)
-    choose(model(ids, at=at), model.config.mask_id, 0.9, 'low_confidence', None)
+    positions = torch.zeros(B, n, dtype=torch.long, device=model.device)
+    choose(model(ids, positions=positions), model.config.mask_id, 0.9)
+
+
+def adamw_step(model):
+    """The first step, its two moments not counted (they have a row of their own)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.optim.AdamW(trained, 3e-6).step()
+    return 2 * size(trained)
 
 
 def peak(step, *arguments):
@@ -112,37 +133,44 @@ def rows(config, lora_rank, settings):
     """{row: bytes} for adapters of lora_rank, or for all weights when it is 0."""
     G, P, L, sft_length, block_length = settings
     found = {}
-    for checkpointing in (True, False):
-        model = build(config, lora_rank, checkpointing)
+    for kind in ('with', 'without'):
+        model = build(config, lora_rank, kind == 'with')
         trained = [p for p in model.parameters() if p.requires_grad]
-        if checkpointing:
-            found['weights, frozen (bfloat16)'] = size(p for p in model.parameters() if not p.requires_grad)
+        if kind == 'with':
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            found['weights, frozen (bfloat16)'] = size(frozen)
             found['weights, trained (float32)'] = size(trained)
             found['their gradients'] = size(p.grad for p in trained)
             found["AdamW's two moments"] = 2 * size(trained)
-            found['reference policy'] = 0 if lora_rank else 2 * sum(p.numel() for p in model.parameters())
+            found['reference policy'] = 0 if lora_rank else 2 * sum(p.numel() for p in trained)
             standing = sum(found.values())
-        kind = 'with' if checkpointing else 'without'
-        for name, shape in ((f'diffu-GRPO pass, {G} x {P + L}', (G, P, L)), (f'SFT pass, 1 x {P + sft_length}', (1, P, sft_length))):
+        shapes = {f'diffu-GRPO pass, {G} x {P + L}': (G, P, L),
+                  f'SFT pass, 1 x {P + sft_length}': (1, P, sft_length)}
+        for name, shape in shapes.items():
             found[f'{name}, {kind} checkpointing'] = peak(grpo_pass, model, *shape)
     found[f'rollout step, {G} x {P + L}'] = peak(rollout_step, model, G, P + L, block_length)
-    passes = {name: found[name] for name in found if 'checkpointing' in name}
-    found['all weights over 8 GPUs (FSDP2), each, in rollouts'] = 0 if lora_rank else (
-        standing // 8 + found['reference policy'] + found[f'rollout step, {G} x {P + L}'])  # the policy is whole there
+    found["AdamW's temporaries"] = peak(adamw_step, model) - 2 * size(trained)
+    found['merging the adapters'] = peak(merge_lora, model) if lora_rank else 0
     for kind in ('with', 'without'):
-        found[f'**all on one GPU, {kind} checkpointing**'] = standing + max(v for name, v in passes.items() if f' {kind} ' in name)
+        other = 'without' if kind == 'with' else 'with'
+        most = max(value for name, value in found.items()
+                   if name not in list(found)[:5] and f' {other} ' not in name)
+        found[f'**all on one GPU, {kind} checkpointing**'] = standing + most
     return found
 
 
 def main():
     import train
     args = train.parse(['--model', 'GSAI-ML/LLaDA-8B-Instruct'])
-    settings = args.num_generations, args.max_prompt, args.gen_length, args.sft_length, args.block_length
+    settings = (args.num_generations, args.max_prompt, args.gen_length, args.sft_length,
+                args.block_length)
     with fused_attention():
         columns = [rows(CONFIG, args.lora_rank, settings), rows(CONFIG, 0, settings)]
-    print(f'| GB (10^9 bytes), computed | LoRA, rank {args.lora_rank} | all weights |\n| --- | --- | --- |')
+    print(f'| GB (10^9 bytes), computed | LoRA, rank {args.lora_rank} | all weights |')
+    print('| --- | --- | --- |')
     for name in columns[0]:
-        print(f'| {name} | ' + ' | '.join(f'{column[name] / 1e9:.1f}' if column[name] else '-' for column in columns) + ' |')
+        cells = [f'{column[name] / 1e9:.1f}' for column in columns]
+        print(f'| {name} | {cells[0]} | {cells[1]} |')
 
 
 if __name__ == '__main__':

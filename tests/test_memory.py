@@ -1,4 +1,4 @@
-"""The table of memory.py counts what the code takes: the 8B's weights, and what the CPU allocates in a small case."""
+"""The table of memory.py counts what the code takes: the 8B's weights, and a small case on a CPU."""
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -6,15 +6,17 @@ from torch.profiler import ProfilerActivity, profile
 import memory
 from model import Config, LLaDA
 
-# so many tokens that the peak is at the logits: within a bfloat16 attention the CPU's own kernel takes more than we count
-SMALL = dict(d_model=64, n_heads=2, n_kv_heads=2, n_layers=3, mlp_hidden_size=192, embedding_size=4096)
+# so many tokens that the peak is at the logits, not inside the CPU's own attention kernel
+SMALL = dict(d_model=64, n_heads=2, n_kv_heads=2, n_layers=3, mlp_hidden_size=192,
+             embedding_size=4096)
 
 
 def allocated(step, *arguments):
     """The peak of what PyTorch's own profiler saw allocated on the CPU while the step ran."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         step(*arguments)
-    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == '[memory]']
+    events.sort(key=lambda e: e.start_ns())
     now = top = 0
     for event in events:
         now += event.nbytes()
@@ -28,7 +30,8 @@ def test_the_computed_peak_is_what_a_cpu_allocates(lora_rank, checkpointing):
     with memory.fused_attention():
         computed = memory.peak(memory.grpo_pass, memory.build(SMALL, lora_rank, checkpointing), 4, 40, 24)
     on_cpu = memory.build(SMALL, lora_rank, checkpointing, 'cpu')
-    measured = allocated(memory.grpo_pass, on_cpu, 4, 40, 24)
+    with torch.backends.mkldnn.flags(enabled=False):     # it keeps copies of bfloat16 weights (AMX)
+        measured = allocated(memory.grpo_pass, on_cpu, 4, 40, 24)
     assert computed == pytest.approx(measured, rel=0.1)
 
 

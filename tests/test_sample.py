@@ -1,109 +1,138 @@
-"""What sample.py claims: LLaDA's sampler exactly, at temperature its distribution, and no work that cannot matter."""
-import os
-import runpy
+"""What sample.py claims: LLaDA's sampler, its distribution at a temperature, and no idle work.
+
+generate is held against generate_plain, and both against the official sampler's numbers.
+"""
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import sample
 from loglik import completion_logps
 from model import LLaDA, load
-from sample import check_speed, choose, commit_counts, denoise, generate
-from tiny import EOS, GOLDEN, MASK, V, bias, left_pad, needs_shared, says, tiny, tokens
+from sample import choose, commit_counts, denoise, generate, generate_plain
+from tiny import EOS, GOLDEN, MASK, V, bias, left_pad, says, tiny, tokens
 
-NEVER = {EOS: -1e4}  # completions that never end
+NEVER = {EOS: -1e4}                              # completions that never end
+# gen_length, block_length, steps: even, one block, steps that do not divide the block, one token
+# per step, one step per block, more steps than tokens, blocks of one
+LENGTHS = [(16, 8, 8), (12, 12, 4), (16, 8, 6), (14, 7, 6), (12, 6, 12), (12, 4, 3), (12, 6, 20),
+           (5, 1, 5), (6, 6, 13)]
+
+
+def streams(rows, seed=0):
+    """A generator per row, of the seed and the row's number."""
+    return [torch.Generator().manual_seed(1000 * seed + row) for row in rows]
+
+
+def states(model, prompt_ids, *args, **knobs):
+    """The completions before the first step and after every step."""
+    P = prompt_ids.size(1)
+    found = [ids[:, P:].clone() for ids in denoise(model, prompt_ids, *args, **knobs)]
+    return [torch.full_like(found[0], MASK)] + found[:-1]        # the last is repeated
+
+
+def record(module, what):
+    """A list that grows by what(input) at each forward pass of the module."""
+    seen = []
+    module.register_forward_pre_hook(lambda module, inputs: seen.append(what(inputs[0])))
+    return seen
 
 
 @torch.no_grad()
-def textbook(model, prompt, gen_length, block_length, steps, cfg_scale=0.0):
-    """LLaDA's sampler at temperature 0 for one prompt (P,), in the plainest way: all logits at every step."""
-    P, mask_id = len(prompt), model.config.mask_id
-    ids = torch.cat((prompt, torch.full((gen_length,), mask_id)))
-    steps_a_block = steps // (gen_length // block_length)
+def guided_loop(model, prompt, gen_length, block_length, steps, cfg_scale):
+    """LLaDA's sampler with guidance at temperature 0, for one prompt (P,), token by token."""
+    P = len(prompt)
+    ids = torch.cat((prompt, torch.full((gen_length,), MASK)))
+    steps_per_block = steps * block_length // gen_length
     for first in range(P, P + gen_length, block_length):
-        for step in range(steps_a_block):
-            logits = model(ids[None])[0].double()
-            if cfg_scale > 0:
-                blind = ids.clone()
-                blind[:P] = mask_id
-                blind_logits = model(blind[None])[0].double()
-                logits = blind_logits + (cfg_scale + 1) * (logits - blind_logits)
-            logits[:, mask_id] = -torch.inf
-            sure, best = logits.softmax(-1).max(-1)
-            masked = [k for k in range(first, first + block_length) if ids[k] == mask_id]
-            count = block_length // steps_a_block + (1 if step < block_length % steps_a_block else 0)
-            for k in sorted(masked, key=lambda k: -sure[k])[:count]:
+        for step in range(steps_per_block):
+            unconditional = ids.clone()
+            unconditional[:P] = MASK
+            given = model(ids[None])[0].double()
+            blank = model(unconditional[None])[0].double()
+            logits = blank + (cfg_scale + 1) * (given - blank)
+            logits[:, MASK] = -torch.inf
+            confidence, best = logits.softmax(-1).max(-1)
+            masks = [k for k in range(first, first + block_length) if ids[k] == MASK]
+            masks.sort(key=lambda k: -confidence[k])
+            count = block_length // steps_per_block + (step < block_length % steps_per_block)
+            for k in masks[:count]:
                 ids[k] = best[k]
     return ids[P:]
 
 
-def states(model, prompt_ids, *args, **keys):
-    """The completions after every step."""
-    return [ids[:, prompt_ids.size(1):].clone() for ids in denoise(model, prompt_ids, *args, **keys)]
+# ---- the same tokens as LLaDA's own loop ----
 
-
-# --- the same ids as LLaDA's own loop ---
-
-@needs_shared
-@pytest.mark.parametrize('case', ['g32_b8_s16_cfg0.0', 'g32_b8_s16_cfg1.5', 'g64_b32_s64_cfg0.0'])
-@pytest.mark.parametrize('kind', ['llada', 'llada_banmask'])
-def test_ids_match_the_official_sampler(case, kind):
+@pytest.mark.parametrize('gen_length, block_length, steps, cfg_scale',
+                         [(32, 8, 16, 0.0), (32, 8, 16, 1.5), (64, 32, 64, 0.0)])
+def test_ids_match_the_official_sampler(gen_length, block_length, steps, cfg_scale):
     golden = load_file(GOLDEN / 'sampler.safetensors')
-    gen_length, block_length, steps, cfg_scale = (float(part.lstrip('gbscf')) for part in case.split('_'))
-    completion_ids = generate(LLaDA.from_pretrained(GOLDEN / 'tiny-llada'), golden['prompts'], int(gen_length),
-                              int(block_length), int(steps), cfg_scale=cfg_scale)
-    assert torch.equal(completion_ids, golden[f'{case}.{kind}.output'][:, golden['prompts'].size(1):])
-
-
-# gen_length, block_length, steps: even, one block, steps that do not divide the block, one token a step, one step a
-# block, more steps than tokens, blocks of one
-LENGTHS = [(16, 8, 8), (12, 12, 4), (16, 8, 6), (14, 7, 6), (12, 6, 12), (12, 4, 3), (12, 6, 20), (5, 1, 5), (6, 6, 13)]
+    model, prompt_ids = LLaDA.from_pretrained(GOLDEN / 'tiny-llada'), golden['prompts']
+    case = f'g{gen_length}_b{block_length}_s{steps}_cfg{cfg_scale}'
+    lengths = gen_length, block_length, steps
+    for kind in ('llada', 'llada_banmask'):
+        expected = golden[f'{case}.{kind}.output'][:, prompt_ids.size(1):]
+        assert torch.equal(generate(model, prompt_ids, *lengths, cfg_scale=cfg_scale), expected)
+        if not cfg_scale:
+            assert torch.equal(generate_plain(model, prompt_ids, *lengths), expected)
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)
-@pytest.mark.parametrize('cfg_scale', [0.0, 1.5])
-def test_greedy_ids_equal_the_textbook_loop(lengths, cfg_scale):
+def test_guidance_equals_a_loop_by_hand(lengths):
     model, prompt_ids = bias(tiny(), NEVER), tokens(3, 7)
-    expected = torch.stack([textbook(model, prompt, *lengths, cfg_scale) for prompt in prompt_ids])
-    assert torch.equal(generate(model, prompt_ids, *lengths, cfg_scale=cfg_scale), expected)
-    assert expected.unique().numel() > 3, 'a model without opinions would prove nothing'
+    for cfg_scale in (0.0, 1.5):
+        expected = [guided_loop(model, prompt, *lengths, cfg_scale) for prompt in prompt_ids]
+        ours = generate(model, prompt_ids, *lengths, cfg_scale=cfg_scale)
+        assert torch.equal(ours, torch.stack(expected))
+    assert ours.unique().numel() > 3, 'a model without opinions would prove nothing'
 
 
-def test_ended_rows_equal_the_textbook_up_to_their_block_and_are_eos_behind_it():
-    model, prompt_ids = bias(tiny(seed=2, end_ids=(EOS, 7)), {EOS: 0.5, 7: 0.5}), tokens(24, 6)
-    completion_ids, blocks = generate(model, prompt_ids, 16, 4, 8), []
-    for prompt, completion in zip(prompt_ids, completion_ids):
-        expected = textbook(model, prompt, 16, 4, 8)
-        ends = [k for k in range(16) if expected[k] in (EOS, 7)]
-        blocks.append(ends[0] // 4 if ends else 4)
-        stop = min(16, 4 * blocks[-1] + 4)
+@pytest.mark.parametrize('lengths', LENGTHS)
+@pytest.mark.parametrize('temperature', [0.0, 0.8])
+@pytest.mark.parametrize('remasking', ['low_confidence', 'random'])
+def test_generate_equals_the_plain_loop(lengths, temperature, remasking):
+    """Up to the block in which a completion ends; after it there is eos."""
+    model, prompt_ids = tiny(seed=2, end_ids=(EOS, 7, 9)), tokens(40, 6)
+    arguments = bias(model, {EOS: 0.5, 7: 0.5}), prompt_ids, *lengths, temperature
+    plain = generate_plain(*arguments, remasking, streams(range(40)))
+    ours = generate(*arguments, remasking=remasking, generators=streams(range(40)))
+    gen_length, block_length, _ = lengths
+    blocks = set()
+    for expected, completion in zip(plain, ours):
+        ends = [k for k in range(gen_length) if expected[k] in (EOS, 7, 9)]
+        block = (ends + [gen_length])[0] // block_length
+        stop = block_length * (block + 1)
         assert torch.equal(completion[:stop], expected[:stop])
         assert (completion[stop:] == EOS).all()
-    assert set(blocks) == {0, 1, 2, 3, 4}, f'rows must end in every block, and some in none: {blocks}'
+        blocks.add(block)
+    assert len(blocks) > 1, 'rows must end in several blocks, or some not at all'
 
 
-@pytest.mark.parametrize('cfg_scale', [0.0, 1.5])
-@pytest.mark.parametrize('knobs', [{}, dict(threshold=0.5)])
-def test_batch_of_padded_prompts_equals_one_by_one(cfg_scale, knobs):
+@pytest.mark.parametrize('knobs', [dict(), dict(cfg_scale=1.5), dict(remasking='random'),
+                                   dict(threshold=0.15), dict(remasking='random', threshold=0.6),
+                                   dict(cache=True, threshold=0.15),
+                                   dict(cache=True, cfg_scale=1.5, threshold=0.15)])
+def test_a_row_depends_neither_on_padding_nor_on_the_rows_beside_it(knobs):
     model = bias(tiny(seed=1), {EOS: 0.5})
-    prompts = [tokens(n, seed=n) for n in (1, 6, 4, 9)]  # the first two end early
+    prompts = [tokens(n, seed=n) for n in (1, 6, 4, 9, 5, 7)]
     prompt_ids, attention_mask = left_pad(prompts)
-    keys = dict(gen_length=12, block_length=4, steps=6, cfg_scale=cfg_scale, **knobs)
-    together = generate(model, prompt_ids, attention_mask=attention_mask, **keys)
-    assert torch.equal(together, torch.cat([generate(model, prompt[None], **keys) for prompt in prompts]))
-    assert torch.equal(together, generate(model, prompt_ids, attention_mask=attention_mask.long(), **keys))
-    assert not torch.equal(together, generate(model, prompt_ids, **keys)), 'padding that nobody hides must matter'
+    knobs = dict(gen_length=12, block_length=4, steps=6, temperature=0.7, **knobs)
+    together = generate(model, prompt_ids, attention_mask=attention_mask,
+                        generators=streams(range(6)), **knobs)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, prompt[None], generators=streams([row]), **knobs)
+        assert torch.equal(together[[row]], alone)
+    order = torch.tensor([3, 0, 5, 1])
+    some = generate(model, prompt_ids[order], attention_mask=attention_mask[order].long(),
+                    generators=streams(order.tolist()), **knobs)
+    assert torch.equal(some, together[order])
+    seen = generate(model, prompt_ids, generators=streams(range(6)), **knobs)
+    assert not torch.equal(seen, together), 'padding that nobody hides must matter'
 
 
-def test_order_of_rows_does_not_matter():
-    model, prompt_ids = bias(tiny(seed=2), {EOS: 0.5}), tokens(8, 6)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    completion_ids = generate(model, prompt_ids, 16, 4, 8)
-    assert torch.equal(generate(model, prompt_ids[order], 16, 4, 8), completion_ids[order])
-
-
-# --- order of commitment ---
+# ---- what is drawn and what is committed ----
 
 def test_commit_counts():
     assert commit_counts(8, 4) == [2, 2, 2, 2]
@@ -113,248 +142,221 @@ def test_commit_counts():
     assert commit_counts(5, 1) == [5]
 
 
-@pytest.mark.parametrize('remasking', ['low_confidence', 'random'])
-def test_later_blocks_wait_for_earlier_ones(remasking):
-    seen = states(bias(tiny(), NEVER), tokens(4, 5), 12, 4, 6, temperature=1.0, remasking=remasking)
-    for before, after in zip(seen, seen[1:]):
-        masked = before == MASK
-        assert torch.equal(after[~masked], before[~masked]), 'what is committed stays'
-        for block in (0, 4):
-            late = (after[:, block + 4:] != MASK).any(1)
-            assert not (masked[:, block:block + 4].any(1) & late).any()
-    assert [int((ids != MASK).sum(1).max()) for ids in seen] == [2, 4, 6, 8, 10, 12, 12]
-
-
-def test_low_confidence_commits_the_surest_first():
-    model, prompt_ids = bias(tiny(), NEVER), tokens(6, 5)
-    seen = [torch.full((6, 8), MASK)] + states(model, prompt_ids, 8, 8, 4)[:-1]
-    for before, after in zip(seen, seen[1:]):
-        logits = model(torch.cat((prompt_ids, before), 1))[:, 5:].detach()
-        logits[..., MASK] = -torch.inf
-        sure, masked, committed = logits.softmax(-1).amax(-1), before == MASK, before != after
-        assert (committed.sum(1) == 2).all()
-        assert (sure.where(committed, 2).amin(1) >= sure.where(masked & ~committed, -1).amax(1)).all()
-
-
 def test_confidence_is_the_unscaled_probability_of_the_chosen_token():
     logits = torch.randn(3, 4, V, generator=torch.Generator().manual_seed(0))
+    without_mask = logits.clone()
+    without_mask[..., MASK] = -torch.inf
     for temperature in (0.0, 0.3, 3.0):
-        chosen, sure = choose(logits.clone(), MASK, temperature, 'low_confidence', torch.Generator().manual_seed(1))
-        without_mask = logits.clone()
-        without_mask[..., MASK] = -torch.inf
-        torch.testing.assert_close(sure, without_mask.softmax(-1).gather(-1, chosen[..., None])[..., 0])
+        chosen, confidence = choose(logits.clone(), MASK, temperature, generators=streams(range(3)))
+        expected = without_mask.softmax(-1).gather(-1, chosen[..., None])[..., 0]
+        torch.testing.assert_close(confidence, expected)
 
 
-def test_random_remasking_commits_uniformly():
-    model, prompt_ids = bias(tiny(), NEVER), tokens(1, 3).repeat(2000, 1)
-    first = {}
-    for remasking in ('random', 'low_confidence'):
-        ids = next(denoise(model, prompt_ids, 4, 4, 4, remasking=remasking, generator=torch.Generator().manual_seed(0)))
-        first[remasking] = (ids[:, 3:] != MASK).sum(0)
-    chi2 = ((first['random'] - 500.0) ** 2 / 500).sum()
-    assert chi2 < 21.1, f'99.99 % of uniform draws are below: {first["random"].tolist()}'
-    assert first['low_confidence'].max() == 2000, 'the model itself has one surest position'
+def test_random_confidence_is_uniform_and_the_token_still_the_best():
+    logits = torch.zeros(2, 5000, 10)
+    logits[..., 7] = 9.0
+    chosen, confidence = choose(logits, MASK, 0.0, 'random', streams(range(2)))
+    assert (chosen == 7).all() and not torch.equal(confidence[0], confidence[1])
+    counts = (confidence * 10).long().flatten().bincount(minlength=10)
+    assert ((counts - 1000.0) ** 2 / 1000).sum() < 33.7, '99.99 % of uniform draws are below'
 
 
-# --- temperature ---
-
-def test_mask_is_never_sampled():
+@pytest.mark.parametrize('knobs', [dict(), dict(cfg_scale=1.5), dict(remasking='random'),
+                                   dict(threshold=0.5), dict(cache=True)])
+def test_the_mask_is_never_sampled(knobs):
     model, prompt_ids = bias(tiny(), {MASK: 50.0}), tokens(3, 5)
     for temperature in (0.0, 0.9):
-        for knobs in ({}, dict(cfg_scale=1.5), dict(remasking='random'), dict(threshold=0.5), dict(cache=True)):
-            completion_ids = generate(model, prompt_ids, 8, 4, 4, temperature, **knobs)
-            assert (completion_ids != MASK).all()
+        assert (generate(model, prompt_ids, 8, 4, 4, temperature, **knobs) != MASK).all()
+        assert (generate_plain(model, prompt_ids, 8, 4, 4, temperature) != MASK).all()
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
 def test_sampled_tokens_follow_the_softmax(temperature):
     logits = torch.linspace(-2.0, 1.0, 10)
-    expected = (logits / temperature).where(torch.arange(10) != MASK, -torch.inf).softmax(-1) * 20000
-    completion_ids = generate(says(logits.tolist()), tokens(20000, 1, high=10), 1, 1, 1, temperature,
-                              generator=torch.Generator().manual_seed(0))
+    without_mask = logits.where(torch.arange(10) != MASK, -torch.inf)
+    expected = 20000 * (without_mask / temperature).softmax(-1)
+    torch.manual_seed(0)                         # the global generator is used if none is given
+    prompt_ids = tokens(20000, 1, high=10)
+    completion_ids = generate(says(logits.tolist()), prompt_ids, 1, 1, 1, temperature)
     counts = completion_ids.flatten().bincount(minlength=10)
-    kept = torch.arange(10) != MASK
+    kept = expected > 0
     chi2 = ((counts - expected) ** 2 / expected)[kept].sum()
-    assert counts[MASK] == 0 and expected[kept].min() > 5
+    assert kept.sum() == 9 and counts[MASK] == 0 and expected[kept].min() > 5
     assert chi2 < 31.8, f'99.99 % of draws with 8 degrees of freedom are below: {counts.tolist()}'
 
 
 def test_noise_is_float32_for_a_bfloat16_model():
     """Of 50,000 equal logits bfloat16 noise would choose among a few ties, the first of them."""
     logits = torch.zeros(100, 1, 50000, dtype=torch.bfloat16)
-    chosen, sure = choose(logits, MASK, 1.0, 'low_confidence', torch.Generator().manual_seed(0))
+    chosen, confidence = choose(logits, MASK, 1.0, generators=streams(range(100)))
     assert chosen.unique().numel() > 95
     assert abs(chosen.float().mean() / 50000 - 0.5) < 0.15
-    assert sure.dtype == torch.float32
+    assert confidence.dtype == torch.float32
 
 
-def test_same_generator_seed_gives_the_same_ids():
-    model, prompt_ids = tiny(), tokens(4, 5)
-    draw = lambda seed: generate(model, prompt_ids, 8, 4, 4, 1.0, generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(1)
-    first = draw(0)
-    torch.manual_seed(2)  # the global generator has no say
-    assert torch.equal(draw(0), first) and not torch.equal(draw(1), first)
+@pytest.mark.parametrize('remasking', ['low_confidence', 'random'])
+def test_all_that_is_random_comes_from_the_generators(remasking):
+    model = tiny()
+
+    def completions(seed):
+        return generate(model, tokens(4, 5), 8, 4, 4, 1.0, remasking=remasking,
+                        generators=streams(range(4), seed))
     state = torch.random.get_rng_state()
-    draw(0)
-    assert torch.equal(torch.random.get_rng_state(), state), 'and is left alone'
+    first, same, other = completions(0), completions(0), completions(1)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# --- cache and threshold ---
+# ---- cache and threshold ----
 
-@pytest.mark.parametrize('knobs', [{}, dict(cfg_scale=1.5), dict(threshold=0.4), dict(temperature=0.8)])
-def test_cache_refreshed_every_step_equals_no_cache(knobs):
-    model, prompts = bias(tiny(), {EOS: 0.5}), [tokens(n, seed=n) for n in (5, 8, 3)]
-    prompt_ids, attention_mask = left_pad(prompts)
-    same = [generate(model, prompt_ids, 12, 4, 6, attention_mask=attention_mask, cache=cache, refresh=1,
-                     generator=torch.Generator().manual_seed(0), **knobs) for cache in (False, True)]
-    assert torch.equal(*same)
-
-
-@pytest.mark.parametrize('cfg_scale', [0.0, 1.5])
+@pytest.mark.parametrize('knobs', [dict(), dict(cfg_scale=1.5), dict(threshold=0.2),
+                                   dict(threshold=0.2, cfg_scale=1.5)])
 @pytest.mark.parametrize('eos_bias', [-1e4, 0.5])
-def test_cache_is_exact_in_one_layer(cfg_scale, eos_bias):
-    """Keys and values of the first layer depend on their own token only, so nothing in the cache can be stale."""
-    model, prompts = bias(tiny(n_layers=1), {EOS: eos_bias}), [tokens(n, seed=n) for n in (5, 8, 3, 7)]
-    prompt_ids, attention_mask = left_pad(prompts)
-    same = [generate(model, prompt_ids, 16, 4, 16, attention_mask=attention_mask, cache=cache, cfg_scale=cfg_scale)
-            for cache in (False, True)]
-    assert torch.equal(*same)
+def test_cache_is_exact_in_one_layer(knobs, eos_bias):
+    """A first layer's keys and values depend on their own token only, so none can be stale."""
+    model = bias(tiny(n_layers=1), {EOS: eos_bias})
+    prompt_ids, attention_mask = left_pad([tokens(n, seed=n) for n in (5, 8, 3, 7)])
+    exact, cached = (generate(model, prompt_ids, 16, 4, 16, attention_mask=attention_mask,
+                              cache=cache, **knobs) for cache in (False, True))
+    assert torch.equal(exact, cached)
 
 
-def test_cached_step_costs_a_block():
-    model, seen = bias(tiny(), NEVER), []
-    model.wte.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].size(1)))
-    generate(model, tokens(2, 10), 8, 4, 8, cache=True)
-    assert seen == [18, 4, 4, 4] * 2
-    seen.clear()
-    generate(model, tokens(2, 10), 8, 4, 8, cache=True, refresh=2)
-    assert seen == [18, 4, 18, 4] * 2
+@pytest.mark.parametrize('knobs', [dict(), dict(threshold=0.3)])
+def test_cache_is_exact_where_the_block_is_the_whole_sequence(knobs):
+    model, no_prompt = bias(tiny(), NEVER), torch.zeros(3, 0, dtype=torch.long)
+    exact, cached = (generate(model, no_prompt, 8, 8, 8, 0.8, generators=streams(range(3)),
+                              cache=cache, **knobs) for cache in (False, True))
+    assert torch.equal(exact, cached)
 
 
-@pytest.mark.parametrize('knobs', [dict(threshold=-0.1), dict(threshold=1.5), dict(threshold=float('nan')),
-                                   dict(refresh=-1, cache=True), dict(refresh=2),
-                                   dict(threshold=0.9, remasking='random')])
-def test_impossible_speed_is_refused_in_one_line(knobs):
-    check_speed(True, 2, 0.9, 'low_confidence')
-    check_speed(False, 0, 0.0, 'random')
-    with pytest.raises(ValueError) as error:
-        check_speed(**dict(cache=False, refresh=0, threshold=0.0, remasking='low_confidence') | knobs)
-    assert '\n' not in str(error.value) and str(list(knobs.values())[0]) in str(error.value)
+def test_cached_keys_are_new_in_the_first_step_of_every_block_and_old_in_the_others():
+    model, prompt_ids = bias(tiny(seed=3), NEVER), tokens(30, 10)
+    widths = record(model.wte, lambda ids: ids.size(1))
+    cached = states(model, prompt_ids, 8, 4, 8, cache=True)
+    assert widths == [18, 4, 4, 4] * 2
+    exact = states(model, prompt_ids, 8, 4, 8)
+    assert torch.equal(cached[1], exact[1])
+    after_first_block = torch.cat((prompt_ids, cached[4][:, :4]), dim=1)
+    again = states(model, after_first_block, 4, 4, 4)
+    assert torch.equal(cached[5][:, 4:], again[1])
+    assert not torch.equal(cached[8], exact[8]), 'a cache that changes nothing would prove nothing'
 
 
-def test_threshold_above_one_commits_one_token_a_step():
-    model, prompt_ids = bias(tiny(), NEVER), tokens(3, 5)
-    seen = states(model, prompt_ids, 8, 4, 4, threshold=1.1)
-    assert [(ids != MASK).sum(1).tolist() for ids in seen] == [[n] * 3 for n in [1, 2, 3, 4, 5, 6, 7, 8, 8]]
-    assert torch.equal(seen[-1], generate(model, prompt_ids, 8, 4, 8))
-
-
-def test_lowest_threshold_commits_a_block_at_once():
-    model, prompt_ids = bias(tiny(), NEVER), tokens(3, 5)
-    seen = states(model, prompt_ids, 8, 4, 4, threshold=1e-9)
-    assert [(ids != MASK).sum(1).tolist() for ids in seen] == [[4] * 3, [8] * 3, [8] * 3]
-    assert torch.equal(seen[-1], generate(model, prompt_ids, 8, 4, 2))
-
-
-def test_threshold_commits_what_passes_and_always_one():
+def test_threshold_commits_what_passes_and_always_one_block_after_block():
     model, prompt_ids = bias(tiny(), NEVER), tokens(6, 5)
-    seen, numbers = [torch.full((6, 8), MASK)] + states(model, prompt_ids, 8, 8, 8, threshold=0.2)[:-1], set()
+    seen, numbers = states(model, prompt_ids, 16, 8, 8, threshold=0.2), set()
     for before, after in zip(seen, seen[1:]):
         logits = model(torch.cat((prompt_ids, before), 1))[:, 5:].detach()
         logits[..., MASK] = -torch.inf
-        sure, masked, committed = logits.softmax(-1).amax(-1), before == MASK, before != after
+        confidence, masked = logits.softmax(-1).amax(-1), before == MASK
+        if masked[:, :8].any():
+            masked[:, 8:] = False                # the second block waits for the first
         for row in masked.any(1).nonzero().flatten():
-            passed = (sure[row] >= 0.2) & masked[row]
-            surest = sure[row].where(masked[row], -1).argmax()
-            assert torch.equal(committed[row], passed if passed.any() else torch.arange(8) == surest)
-            numbers.add(int(committed[row].sum()))
-    assert len(numbers) > 2, 'a threshold that always does the same would prove nothing'
+            passed = (confidence[row] >= 0.2) & masked[row]
+            surest = confidence[row].where(masked[row], -1).argmax()
+            expected = passed if passed.any() else torch.arange(16) == surest
+            committed = (before != after)[row]
+            assert torch.equal(committed, expected)
+            numbers.add(int(committed.sum()))
+    assert {1, 2} < numbers, 'a threshold that always does the same would prove nothing'
+    assert (seen[-1] != MASK).all()
 
 
-@pytest.mark.parametrize('knobs', [{}, dict(cache=True), dict(cache=True, cfg_scale=1.5), dict(cache=True, refresh=2)])
-def test_threshold_drops_rows_with_a_filled_block_and_changes_nothing_for_the_others(knobs):
-    model, sizes = bias(tiny(), NEVER), []
-    model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+@pytest.mark.parametrize('cache', [False, True])
+def test_low_thresholds_need_fewer_forwards(cache):
+    model, prompt_ids, forwards = bias(tiny(), NEVER), tokens(3, 5), []
+    calls = record(model.wte, len)
+    for threshold in (1.0, 0.15, 1e-9):
+        calls.clear()
+        generate(model, prompt_ids, 16, 8, 4, cache=cache, threshold=threshold)
+        forwards.append(len(calls))
+    assert forwards == sorted(set(forwards), reverse=True), forwards
+    assert (forwards[0], forwards[-1]) == (16, 2), 'one token per forward, and one block'
+
+
+@pytest.mark.parametrize('knobs', [dict(), dict(cache=True), dict(cache=True, cfg_scale=1.5)])
+def test_rows_that_have_filled_their_block_are_left_out(knobs):
+    """A batch costs as many rows as its prompts one by one."""
+    model = bias(tiny(), NEVER)
+    sizes = record(model.wte, len)
     prompt_ids, attention_mask = left_pad([tokens(n, seed=n) for n in (5, 8, 3, 7, 6)])
-    keys = dict(gen_length=16, block_length=8, steps=8, threshold=0.15, **knobs)
-    together = generate(model, prompt_ids, attention_mask=attention_mask, **keys)
+    knobs = dict(gen_length=16, block_length=8, steps=8, threshold=0.15, **knobs)
+    generate(model, prompt_ids, attention_mask=attention_mask, **knobs)
     assert len(set(sizes)) > 2, f'rows must fill their block at different steps: {sizes}'
-    rows = sum(sizes)
+    together = sum(sizes)
     sizes.clear()
-    alone = [generate(model, ids[None], attention_mask=real[None], **keys) for ids, real in zip(prompt_ids, attention_mask)]
-    assert torch.equal(together, torch.cat(alone)) and sum(sizes) == rows
+    for ids, real in zip(prompt_ids, attention_mask):
+        generate(model, ids[None], attention_mask=real[None], **knobs)
+    assert sum(sizes) == together
 
 
-# --- no work that cannot matter ---
+# ---- no work that cannot matter ----
 
-def test_head_runs_only_where_tokens_can_be_committed():
-    model, asked = bias(tiny(), NEVER), []
-    model.ff_out.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[0].shape[:2].numel()))
-    generate(model, tokens(3, 10), 8, 4, 8)
-    assert asked == [3 * left for left in (4, 3, 2, 1)] * 2
-
-
-def test_steps_that_commit_nothing_are_skipped():
-    model, calls = bias(tiny(), NEVER), []
-    model.wte.register_forward_pre_hook(lambda *_: calls.append(1))
-    generate(model, tokens(2, 5), 6, 3, 20)
-    assert len(calls) == 6
+def test_the_head_runs_at_masks_only_and_no_step_is_idle():
+    model = bias(tiny(), NEVER)
+    positions = record(model.ff_out, lambda h: h.shape[:-1].numel())
+    generate(model, tokens(3, 10), 8, 4, 20)     # more steps than tokens
+    assert positions == [3 * masks for masks in (4, 3, 2, 1)] * 2
 
 
-def test_finished_rows_cost_nothing():
-    model, sizes = bias(tiny(seed=2), {EOS: 2.0}), []
-    model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+def test_rows_that_have_ended_cost_nothing():
+    model = bias(tiny(seed=2), {EOS: 2.0})
+    sizes = record(model.wte, len)
     completion_ids = generate(model, tokens(24, 6), 16, 4, 8)
-    running = [24] + [int((completion_ids[:, :stop] != EOS).all(1).sum()) for stop in (4, 8, 12)]
-    assert sizes == [n for n in running for _ in range(2)] and running[-1] < running[1] < 24
+    active = [24]
+    for stop in (4, 8, 12):
+        active.append(int((completion_ids[:, :stop] != EOS).all(1).sum()))
+    assert sizes == [n for n in active for _ in range(2)] and 0 < active[-1] < active[1] < 24
     sizes.clear()
     completion_ids = generate(bias(model, {EOS: 1e4}), tokens(5, 6), 16, 4, 8)
-    assert sizes == [5, 5] and (completion_ids == EOS).all(), 'nothing is left to do behind the first block'
+    assert sizes == [5, 5] and (completion_ids == EOS).all(), 'all ended in the first block'
 
 
-# --- around it ---
+# ---- around it ----
 
-@pytest.mark.parametrize('keys', [
-    dict(gen_length=10, block_length=4, steps=5), dict(gen_length=8, block_length=16, steps=8),
-    dict(gen_length=8, block_length=4, steps=3), dict(gen_length=8, block_length=4, steps=1),
-    dict(gen_length=0, block_length=4, steps=4), dict(gen_length=8, block_length=0, steps=4),
-    dict(gen_length=8, block_length=4, steps=0), dict(gen_length=-8, block_length=4, steps=4),
-    dict(gen_length=8, block_length=4, steps=4, remasking='high_confidence')])
-def test_impossible_knobs_are_refused_in_one_line(keys):
-    with pytest.raises(ValueError) as error:
-        generate(tiny(), tokens(1, 3), **keys)
-    assert '\n' not in str(error.value) and any(f'{value}' in str(error.value) for value in keys.values())
+@pytest.mark.parametrize('lengths', [(10, 4, 5), (8, 16, 8), (8, 4, 3), (8, 4, 0), (0, 4, 4)])
+def test_lengths_that_do_not_fit_are_refused(lengths):
+    with pytest.raises(ValueError):
+        generate(tiny(), tokens(1, 3), *lengths)
 
 
 def test_completions_can_be_trained_on():
     model, prompt_ids = tiny(), tokens(2, 5)
     kept = prompt_ids.clone()
     completion_ids = generate(model, prompt_ids, 8, 4, 4)
-    assert not completion_ids.is_inference() and torch.equal(prompt_ids, kept)
-    logps = completion_logps(model, prompt_ids, completion_ids, torch.zeros_like(prompt_ids, dtype=torch.bool))
-    logps.sum().backward()
-    model(completion_ids).sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert completion_ids.shape == (2, 8) and torch.equal(prompt_ids, kept)
+    prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
+    completion_logps(model, prompt_ids, completion_ids, prompt_mask).sum().backward()
+    model(completion_ids).sum().backward()       # both would raise on an inference tensor
 
 
-def test_completion_is_one_block_of_ids():
-    completion_ids = generate(tiny(), tokens(3, 5), 8, 4, 4)
-    assert completion_ids.shape == (3, 8) and completion_ids.dtype == torch.int64
-    assert completion_ids.min() >= 0 and completion_ids.max() < V
+def test_prompts_are_padded_on_the_left():
+    ids, attention_mask = sample.left_pad([[5, 6, 7], [8]], EOS, 'cpu')
+    assert ids.tolist() == [[5, 6, 7], [EOS, EOS, 8]]
+    assert attention_mask.tolist() == [[True] * 3, [False, False, True]]
+    assert sample.left_pad([[5, 6], [7, 8]], EOS, 'cpu')[1] is None
 
 
-def test_the_script_shows_a_completion_that_depends_on_the_seed_only(tmp_path, monkeypatch, capsys):
-    model, tokenizer = load('nano')
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / 'run/model')
+def test_shuffled_gives_all_once_in_an_order_of_the_epoch_and_the_key():
+    def epoch(number, *key):
+        return [sample.shuffled('abcdefgh', 8 * number + i, *key) for i in range(8)]
+    epochs = [epoch(0, 0), epoch(1, 0), epoch(0, 1)]
+    assert all(sorted(items) == list('abcdefgh') for items in epochs)
+    assert len(set(map(tuple, epochs))) == 3 and epoch(0, 0) == epochs[0]
+
+
+def test_the_script_shows_a_completion_of_the_newest_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError):
+        sample.newest_model('out')
+    for part in load('nano'):
+        part.save_pretrained(tmp_path / 'out/run/model')
 
     def shown(*flags):
-        monkeypatch.setattr(sys, 'argv', ['sample.py', '--out', str(tmp_path), '--temperature', '1', *flags])
-        runpy.run_path(os.path.join(os.path.dirname(__file__), '..', 'sample.py'), run_name='__main__')
+        monkeypatch.setattr(sys, 'argv', ['sample.py', '--temperature', '1', *flags])
+        sample.main()
         return capsys.readouterr().out
     first = shown('--prompt', 'How many?')
-    assert first.startswith('How many?<|assistant|>\n   1 ') and '\n   4 ' in first
+    assert 'How many?' in first and '\n  16 ' in first
     assert shown('--prompt', 'How many?') == first != shown('--prompt', 'How many?', '--seed', '1')
-    problem = shown('--task', 'sudoku', '--cache')
-    assert problem.startswith('Solve the puzzle ') and problem[:40] != shown('--task', 'sudoku', '--seed', '1')[:40]
+    assert shown('--task', 'sudoku', '--cache') != shown('--task', 'sudoku', '--seed', '1')

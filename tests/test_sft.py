@@ -1,85 +1,78 @@
-"""What sft.py claims: LLaDA's masked objective, the same gradient however the batch is cut, Muon."""
+"""What sft.py and train.train_sft claim: LLaDA's objective, noise and batches, the corpus, Muon."""
 import json
+import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
 
-from model import LLaDA
-from sft import add_base_noise, add_noise, masked_loss, Muon, pad, sft_backward, sft_loss
-from tiny import EOS, GOLDEN, MASK, V, assert_same, grad_norm, gradients, needs_shared, says, tiny, tokens
+import rewards
+import sft
+import train
+from model import LLaDA, nano_tokenizer
+from sft import Batch, Corpus, Muon, Traces, add_base_noise, add_noise, masked_loss, sft_loss
+from tiny import EOS, GOLDEN, MASK, V, says, tiny, tokens
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def make_pairs(n=6, prompts=(4, 2, 5), answers=(3, 6, 1)):
-    """[(prompt ids, answer ids)] of uneven lengths."""
-    return [(tokens(prompts[i % 3], seed=i).tolist(), tokens(answers[i % 3], seed=100 + i).tolist()) for i in range(n)]
+# ---- the loss ----
 
-
-# --- the loss ---
-
-@needs_shared
 def test_loss_and_gradient_match_the_official_code():
-    golden, model = load_file(GOLDEN / 'sft.safetensors'), LLaDA.from_pretrained(GOLDEN / 'tiny-llada')
+    golden = load_file(GOLDEN / 'sft.safetensors')
+    model = LLaDA.from_pretrained(GOLDEN / 'tiny-llada')
     expected = json.loads((GOLDEN / 'sft.json').read_text())
     num_prompt_tokens = golden['train.num_prompt_tokens'].item()
-    for t in (golden['train.t'], golden['train.t'][:, :1]):  # (B, T) or (B, 1)
+    for t in (golden['train.t'], golden['train.t'][:, :1]):      # (B, T) or (B, 1)
         model.zero_grad()
-        loss = sft_loss(model(golden['train.noisy']), golden['train.labels'], t, num_prompt_tokens)
+        logits = model(golden['train.noisy'])
+        loss = sft_loss(logits, golden['train.labels'], t, num_prompt_tokens)
         loss.backward()
         assert loss.item() == pytest.approx(expected['loss'], rel=1e-5)
-        assert grad_norm(model) == pytest.approx(expected['grad_norm'], rel=1e-4)
+        grad_norm = clip_grad_norm_(model.parameters(), math.inf).item()
+        assert grad_norm == pytest.approx(expected['grad_norm'], rel=1e-4)
 
 
 def test_loss_by_hand():
     logits = torch.zeros(2, 3, 4)
-    logits[0, 1, 0] = torch.tensor(3.0).log()  # probabilities 1/2, 1/6, 1/6, 1/6
+    logits[0, 1, 0] = math.log(3)                # probabilities 1/2, 1/6, 1/6, 1/6
     labels = torch.tensor([[-100, 0, 2], [-100, -100, 3]])
     t = torch.tensor([[0.5], [0.25]])
-    two, four = torch.tensor([2.0, 4.0]).log()
-    expected = (two / 0.5 + four / 0.5 + four / 0.25) / (6 - 2)
-    torch.testing.assert_close(sft_loss(logits, labels, t, 2), expected)
+    expected = (math.log(2) / 0.5 + math.log(4) / 0.5 + math.log(4) / 0.25) / (6 - 2)
+    assert sft_loss(logits, labels, t, 2).item() == pytest.approx(expected)
+    masked = labels != -100
+    logps = torch.full((2, 3), -torch.inf)       # what is not masked has no say
+    logps[masked] = torch.tensor([0.5, 0.25, 0.25]).log()
+    assert masked_loss(logps, masked, t, 4).item() == pytest.approx(expected)
 
 
-def test_unscored_positions_give_no_gradient():
-    logits = torch.randn(2, 4, 5, generator=generator()).requires_grad_()
-    labels = torch.tensor([[-100, 1, -100, 2], [-100, -100, -100, 0]])
-    sft_loss(logits, labels, torch.tensor([[0.3], [0.6]])).backward()
-    assert torch.equal(logits.grad.abs().sum(-1) > 0, labels != -100)
+# ---- noise ----
 
-
-# --- noise ---
-
-def test_t_is_uniform_in_every_row_and_never_zero():
+def test_t_is_uniform_in_every_row_never_zero_and_spread_over_the_batch():
     answers, g = torch.zeros(4, 1, dtype=torch.long), generator()
-    t = torch.cat([add_noise(answers, MASK, g)[2] for _ in range(2000)], 1)  # (4, 2000)
+    t = torch.cat([add_noise(answers, MASK, g)[2] for _ in range(2000)], dim=1)      # (4, 2000)
     assert t.min() > 0 and t.max() <= 1
     for row in t:
         counts = (row * 10).clamp(max=9.999).long().bincount(minlength=10)
         chi2 = ((counts - 200.0) ** 2 / 200).sum()
         assert chi2 < 33.7, f'99.99 % of uniform draws are below: {counts.tolist()}'
+    quarters = (t * 4).ceil().sort(dim=0).values
+    assert torch.equal(quarters, torch.tensor([[1.0], [2.0], [3.0], [4.0]]).expand(4, 2000))
 
 
-def test_t_of_a_batch_is_spread_evenly():
-    for seed in range(20):
-        t = add_noise(torch.zeros(8, 1, dtype=torch.long), MASK, generator(seed))[2].flatten()
-        assert sorted((t * 8).ceil().int().tolist()) == [1, 2, 3, 4, 5, 6, 7, 8], 'one in every eighth of (0, 1]'
-
-
-def test_mask_rate_is_t_and_each_token_has_its_own_fate():
+def test_every_token_is_masked_on_its_own_with_probability_t():
     answers = tokens(6, 4000)
     noisy, masked, t = add_noise(answers, MASK, generator())
-    assert torch.equal(noisy, answers.where(~masked, torch.tensor(MASK))) and t.shape == (6, 1)
-    for row in range(6):
-        rate, error = t[row].item(), 4 * (t[row] * (1 - t[row]) / 4000).sqrt().item()
-        assert abs(masked[row].float().mean().item() - rate) <= error
-        pairs = (masked[row, 1:] & masked[row, :-1]).float().mean().item()
-        assert abs(pairs - rate ** 2) <= 4 * 0.5 / 4000 ** 0.5
+    assert torch.equal(noisy, answers.where(~masked, torch.tensor(MASK)))
     assert (answers != MASK).all(), 'the answers themselves stay'
+    assert (masked.float().mean(1, keepdim=True) - t).abs().max() < 4 * (0.25 / 4000) ** 0.5
+    pairs = (masked[:, 1:] & masked[:, :-1]).float().mean(1, keepdim=True)
+    assert (pairs - t ** 2).abs().max() < 4 * 0.5 / 4000 ** 0.5
 
 
 def test_noise_comes_from_its_generator_only():
@@ -89,96 +82,173 @@ def test_noise_comes_from_its_generator_only():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# --- batches ---
+# ---- train_sft ----
 
-def test_pad_puts_prompts_left_and_answers_right():
-    ids, attention_mask, P = pad([([5, 6, 7], [8]), ([9], [3, 4])], 3, EOS)
-    assert P == 3 and ids.tolist() == [[5, 6, 7, 8, EOS, EOS], [EOS, EOS, 9, 3, 4, EOS]]
-    assert attention_mask.tolist() == [[True] * 6, [False, False, True, True, True, True]]
-    assert pad([([5, 6], [8]), ([9, 4], [])], 2, EOS)[1] is None, 'nothing is padded, nothing needs hiding'
+PAIRS = [(tokens(n, seed=n).tolist(), tokens(m, seed=50 + m).tolist())
+         for n, m in ((4, 3), (2, 6), (5, 1), (2, 8), (7, 2), (3, 5))]
+L = 8                                            # answer tokens, with the eos padding
 
 
-def test_prompts_are_never_masked_and_answers_are_with_their_padding():
-    model, pairs, seen = tiny(), make_pairs(), []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    ids, attention_mask, P = pad(pairs, 8, EOS)
-    hidden = torch.zeros(6, 8)
-    for seed in range(30):
-        sft_backward(model, pairs, 8, model.config, generator(seed), 6)
-        assert torch.equal(seen[-1][:, :P], ids[:, :P])
-        changed = seen[-1][:, P:] != ids[:, P:]
-        assert (seen[-1][:, P:][changed] == MASK).all()
-        hidden += changed
-    assert len(seen) == 30 and hidden.min() >= 3 and hidden.max() <= 27, 'answers and padding alike, half the time'
+class Fixed:
+    """The same batch at every step, but for the steps in `bad`, whose loss is infinite."""
+    def __init__(self, bad=()):
+        self.bad = bad
+        answers = sft.right_pad([answer for _, answer in PAIRS], L, EOS, 'cpu')
+        self.one = Batch([prompt for prompt, _ in PAIRS], answers,
+                         *add_noise(answers, MASK, generator()))
+
+    def batch(self, step):
+        t = self.one.t
+        return self.one._replace(t=torch.zeros_like(t) if step in self.bad else t)
 
 
-def test_expected_loss_is_the_mean_cross_entropy():
-    """1/t undoes the mask rate: over the noise, every answer token counts once, eos padding included."""
-    logits = torch.linspace(-1.0, 2.0, V)
-    pairs = [(tokens(2).tolist(), [3, 30, 7])] * 3000
-    losses = [sft_backward(says(logits.tolist(), n_layers=1), pairs, 8, tiny().config, generator(seed), 3000)
-              for seed in range(2)]
-    expected = -logits.log_softmax(-1)[torch.tensor([3, 30, 7] + [EOS] * 5)].mean().item()
-    assert sum(losses) / 2 == pytest.approx(expected, rel=0.04)
+class Recorder(torch.optim.SGD):
+    """Leaves the weights alone; keeps the gradients and the learning rate of every update."""
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=7.0)
+        self.param_groups[0]['peak_lr'] = 2.0
+        self.gradients, self.rates = [], []
+
+    def step(self):
+        [group] = self.param_groups
+        self.gradients.append([p.grad.clone() for p in group['params'] if p.grad is not None])
+        self.rates.append(group['lr'])
 
 
-def test_backward_is_the_gradient_of_sft_loss():
-    model, pairs = tiny(), make_pairs()
-    returned = sft_backward(model, pairs, 8, model.config, generator(), 6)
-    ours = gradients(model)
-    model.zero_grad()
-    ids, attention_mask, P = pad(pairs, 8, EOS)
-    noisy, masked, t = add_noise(ids[:, P:], MASK, generator())
-    labels = torch.cat((torch.full((6, P), -100), ids[:, P:].where(masked, torch.tensor(-100))), 1)
-    loss = sft_loss(model(torch.cat((ids[:, :P], noisy), 1), attention_mask), labels, t, 6 * P)
+def trained(folder, model, data, steps, *flags, optimizer=None):
+    """Trains through train.train_sft; returns the optimizer and the log."""
+    args = train.parse(flags)
+    args.folder = str(folder)
+    optimizer = optimizer or Recorder(model)
+    train.train_sft(args, 'sft', model, [optimizer], data, steps)
+    return optimizer, train.read_log(args, 'log.jsonl')
+
+
+@pytest.mark.parametrize('micro_batch', [1, 2, 4, 64])
+def test_the_gradient_is_that_of_sft_loss_however_the_batch_is_cut(tmp_path, micro_batch):
+    """Prompts are given whole, one by one: padding has no say, and no token of them is masked."""
+    model, data, loss = tiny(), Fixed(), 0
+    sizes = []
+    hook = model.wte.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    optimizer, log = trained(tmp_path, model, data, 1, '--micro_batch', str(micro_batch))
+    hook.remove()
+    assert max(sizes) == min(micro_batch, 6) and sum(sizes) == 6
+    for prompt, answer, noisy, masked, t in zip(*data.one):
+        ids = torch.cat((torch.tensor(prompt), noisy))[None]
+        labels = torch.full_like(ids, -100)
+        labels[0, len(prompt):][masked] = answer[masked]
+        loss = loss + sft_loss(model(ids), labels, t[None], len(prompt)) / 6
     loss.backward()
-    assert returned == pytest.approx(loss.item(), rel=1e-5)
-    assert_same(ours, gradients(model), 1e-4)
+    grad_norm = clip_grad_norm_(model.parameters(), 1.0).item()
+    assert grad_norm > 1, 'else it would not be clipped'
+    assert log[0]['loss'] == pytest.approx(loss.item(), rel=1e-5)
+    assert log[0]['grad_norm'] == pytest.approx(grad_norm, rel=1e-4)
+    expected = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(optimizer.gradients[0], expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize('micro_batch', [1, 2, 4, 100])
-def test_micro_batches_equal_one_batch(micro_batch):
-    model, pairs = tiny(), make_pairs()
-    loss = sft_backward(model, pairs, 8, model.config, generator(), 6)
-    expected = gradients(model)
-    model.zero_grad()
-    calls = []
-    model.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    assert sft_backward(model, pairs, 8, model.config, generator(), micro_batch) == pytest.approx(loss, rel=1e-5)
-    assert max(calls) == min(micro_batch, 6) and sum(calls) == 6
-    assert_same(gradients(model), expected, 1e-4)
+def test_the_expected_loss_is_the_mean_cross_entropy_padding_included(tmp_path):
+    """1/t undoes the mask rate: over the noise, every answer token counts once."""
+    logits = torch.linspace(-1.0, 2.0, V)
+    model = says(logits.tolist(), n_layers=1)
+    data = Traces([([5, 6], [3, 30, 7])] * 3000, 3000, L, model.config, 0, 'cpu')
+    _, log = trained(tmp_path, model, data, 2, '--micro_batch', '3000')
+    expected = -logits.log_softmax(-1)[torch.tensor([3, 30, 7] + [EOS] * 5)].mean().item()
+    assert sum(line['loss'] for line in log) / 2 == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize('n', [6, 7])  # 7 rows do not divide by 2
-def test_two_processes_average_to_the_same_gradient(n):
-    model, pairs = tiny(), make_pairs(n)
-    loss = sft_backward(model, pairs, 8, model.config, generator(), 4)
-    expected, parts, losses = gradients(model), [], []
-    for rank in range(2):
-        model.zero_grad()
-        losses.append(sft_backward(model, pairs, 8, model.config, generator(), 4, rank, 2))
-        parts.append(gradients(model))
-    assert sum(losses) / 2 == pytest.approx(loss, rel=1e-5)
-    assert_same({name: (parts[0][name] + parts[1][name]) / 2 for name in expected}, expected, 1e-4)
-    assert abs(losses[0] - losses[1]) > 1e-3 * abs(loss), 'each process must have rows of its own'
+def test_the_learning_rate_warms_up_in_a_twentieth_and_falls_to_zero(tmp_path):
+    optimizer, _ = trained(tmp_path, tiny(), Fixed(), 40)
+    assert optimizer.rates[:3] == pytest.approx([2 * 0.5, 2 * 39 / 40, 2 * 38 / 40])
+    assert optimizer.rates[20] == pytest.approx(1) and optimizer.rates[39] == pytest.approx(2 / 40)
 
 
-def test_gradients_add_up_over_calls():
-    model, pairs = tiny(), make_pairs()
-    sft_backward(model, pairs, 8, model.config, generator(), 6)
-    once = gradients(model)
-    sft_backward(model, pairs, 8, model.config, generator(), 6)
-    assert_same(gradients(model), {name: 2 * grad for name, grad in once.items()}, 1e-5)
+def test_an_update_that_is_not_finite_is_skipped_and_training_goes_on(tmp_path):
+    optimizer, log = trained(tmp_path, tiny(), Fixed(bad=[1]), 3)
+    assert len(log) == 3 and len(optimizer.gradients) == 2
+    torch.testing.assert_close(*optimizer.gradients)             # nothing of the bad one is left
 
 
-def test_masked_loss_ignores_what_is_not_masked():
-    logps = torch.tensor([[-1.0, -2.0, -torch.inf]])
-    masked = torch.tensor([[True, True, False]])
-    assert masked_loss(logps, masked, torch.tensor([[0.5, 0.5, 0.5]]), 3).item() == 2.0
-    assert masked_loss(logps, torch.zeros_like(masked), torch.ones(1, 3), 3).item() == 0.0
+def test_answers_are_learnt(tmp_path):
+    model = tiny()
+    data = Traces(PAIRS, 6, L, model.config, 0, 'cpu')
+    _, log = trained(tmp_path, model, data, 60, optimizer=train.adamw(model, 1e-2, 0.0))
+    losses = [line['loss'] for line in log]
+    assert sum(losses[-10:]) < sum(losses[:10]) / 2
 
 
-# --- Muon ---
+# ---- the SFT set ----
+
+def test_traces_give_every_pair_once_per_epoch():
+    pairs, config = [([i], [i, i]) for i in range(2, 14)], tiny().config
+    traces = Traces(pairs, 4, 3, config, 0, 'cpu')
+    batches = [traces.batch(step) for step in range(6)]
+    order = [prompt[0] for batch in batches for prompt in batch.prompts]
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(2, 14))
+    assert order[:12] != order[12:]
+    for batch in batches:
+        assert batch.answers.tolist() == [[i, i, EOS] for [i] in batch.prompts]
+        assert torch.equal(batch.noisy, batch.answers.masked_fill(batch.masked, MASK))
+    assert torch.equal(traces.batch(2).t, batches[2].t)
+    other = Traces(pairs, 4, 3, config, 1, 'cpu').batch(2)
+    for unlike in (other, batches[1]):
+        assert unlike.prompts != batches[2].prompts and not torch.equal(unlike.t, batches[2].t)
+
+
+def test_traces_that_are_too_long_are_dropped_or_cut_and_counted():
+    traces = [('x\n\nSolve 1', '1 2 3'), ('x\n\n' + 'Solve ' * 50, '1'), ('x\n\nSolve 2', '1')]
+    pairs, dropped, cut = sft.encode_traces(traces, nano_tokenizer(), 10, 2)
+    assert (dropped, cut) == (1, 1)
+    assert [len(answer) for _, answer in pairs] == [2, 1]
+
+
+def test_s1k_becomes_tagged_text(tmp_path):
+    row = dict(question='Why?', thinking_trajectories=[' because ', 'x'], solution='or')
+    file = tmp_path / 's1k.jsonl'
+    file.write_text(json.dumps(dict(row, attempt=' so ')) + '\n' + json.dumps(row))
+    pairs = sft.load_s1k(str(file))
+    assert [answer for _, answer in pairs] == [rewards.tagged('because', reply)
+                                               for reply in ('so', 'or')]
+    assert all(prompt.endswith('\n\nWhy?') for prompt, _ in pairs)
+    for bad in (dict(row, thinking_trajectories=[]), dict(row, attempt=5)):
+        with pytest.raises(ValueError):
+            sft.s1k_row(bad)
+
+
+# ---- the nano corpus ----
+
+def test_a_minority_of_the_corpus_thinks():
+    example = rewards.make('gsm8k', random.Random(0), 'train')
+    rng = random.Random(0)
+    texts = [sft.demonstration(example, rng, 0.35) for _ in range(1000)]
+    assert 0.3 < sum(example['solution'] in text for text in texts) / 1000 < 0.4
+
+
+def test_the_corpus_has_all_tasks_worked_solutions_first_and_no_weights():
+    corpus = Corpus(dict.fromkeys(rewards.TASKS), nano_tokenizer(), 0, 100, 0.35, 32,
+                    tiny().config, 20)
+    early = [corpus.text(0, i) for i in range(20)]
+    assert all('<reasoning>' in answer for _, answer in early)
+    assert not all('<reasoning>' in corpus.text(99, i)[1] for i in range(20))
+    assert len({prompt.partition('\n\n')[0] for prompt, _ in early}) == len(rewards.TASKS)
+    batch = corpus.batch(0)
+    assert batch.answers.shape == (20, 32) and (batch.t == 1).all()
+    assert torch.equal(batch.noisy, corpus.batch(0).noisy)
+
+
+def test_base_noise_is_half_sfts_and_half_what_the_sampler_sees():
+    noisy, masked = add_base_noise(torch.zeros(4000, 32, dtype=torch.long), MASK, generator())
+    assert torch.equal(noisy == MASK, masked)
+    even, odd = masked[::2], masked[1::2]
+    assert even.float().mean(1).min() > 0.05                     # t ~ U(0.3, 1)
+    assert abs(even.float().mean() - 0.65) < 0.02 and abs(even[:, 0].float().mean() - 0.65) < 0.03
+    for row in odd:              # none before some place, all from 8 tokens after it
+        first = row.long().argmax().item() if row.any() else 32
+        assert row[first + 8:].all()
+    assert odd.all(1).any() and odd[:, 31].float().mean() > 0.8
+
+
+# ---- Muon ----
 
 @pytest.mark.parametrize('shape', [(24, 24), (48, 16), (16, 48)])
 def test_muon_steps_along_the_orthogonal_part_of_the_gradient(shape):
@@ -189,67 +259,18 @@ def test_muon_steps_along_the_orthogonal_part_of_the_gradient(shape):
     step = -p.detach() / (0.1 * max(1, shape[0] / shape[1]) ** 0.5)
     assert F.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
     values = torch.linalg.svdvals(step)
-    spread = torch.linalg.svdvals(p.grad)
-    assert values[:len(values) * 3 // 4].min() > 0.6 and values.max() < 1.3, 'near-orthogonal but for tiny directions'
-    assert values.max() / values.median() < 1.7 < spread.max() / spread.min()
+    most = values[:len(values) * 3 // 4]         # tiny directions may lag
+    assert most.min() > 0.6 and values.max() < 1.3
 
 
-def test_muon_ignores_the_gradients_size_and_keeps_momentum():
-    steps = []
-    for scale in (1.0, 1e-4):
-        p = torch.nn.Parameter(torch.zeros(8, 8))
-        optimizer, g = Muon([p], lr=0.1), generator()
-        for _ in range(3):
-            p.grad = scale * torch.randn(8, 8, generator=g)
-            optimizer.step()
-        assert 'momentum' in optimizer.state_dict()['state'][0], 'it must be saved with the checkpoint'
-        steps.append(p.detach().clone())
-    torch.testing.assert_close(*steps, atol=1e-3, rtol=1e-2)
-    fresh = torch.nn.Parameter(torch.zeros(8, 8))
-    fresh.grad = p.grad.clone()
-    before = p.detach().clone()
-    Muon([fresh], lr=0.1).step()
+def test_muon_keeps_momentum_which_checkpoints_save():
+    p, fresh = (torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
+    optimizer = Muon([p, torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)      # one has no gradient
+    p.grad = torch.randn(8, 8, generator=generator(0))
     optimizer.step()
+    before = p.detach().clone()
+    p.grad = fresh.grad = torch.randn(8, 8, generator=generator(1))
+    optimizer.step()
+    Muon([fresh], lr=0.1).step()
     assert not torch.allclose(fresh, p - before, atol=1e-3), 'the past must have a say'
-
-
-def test_muon_skips_weights_without_gradient():
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    Muon([p]).step()
-    assert torch.equal(p, torch.ones(4, 4))
-
-
-def test_muon_trains():
-    model, pairs, g = tiny(), make_pairs(3), generator()
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    optimizers = [Muon(matrices, lr=0.02),
-                  torch.optim.AdamW([p for p in model.parameters() if all(p is not m for m in matrices)], 3e-3)]
-    losses = []
-    for _ in range(80):
-        losses.append(sft_backward(model, pairs, 8, model.config, g, 3))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert sum(losses[-20:]) < sum(losses[:20]) / 3
-
-
-def test_base_noise_is_half_sfts_and_half_what_the_sampler_sees():
-    answers = torch.zeros(4000, 32, dtype=torch.long)
-    noisy, masked, t = add_base_noise(answers, 1, torch.Generator().manual_seed(0))
-    assert (t == 1).all() and torch.equal(noisy, masked.long())
-    shares = masked[::2].float().mean(1)
-    assert shares.min() > 0.05 and abs(shares.mean() - 0.65) < 0.02  # t ~ U(0.3, 1), wherever in the text
-    assert abs(masked[::2, 0].float().mean() - 0.65) < 0.03
-    for row in masked[1::2]:  # nothing is masked in front of some place, all from `width` tokens behind it
-        first = row.long().argmax().item() if row.any() else 32
-        assert row[first + 8:].all()
-    assert masked[1::2].all(1).any() and masked[1::2, 31].float().mean() > 0.8
-
-
-def test_base_noise_is_not_weighed():
-    model, pairs = tiny(), [([5, 6], [7, 8, 9]), ([6, 7], [8])]
-    loss = sft_backward(model, pairs, 4, model.config, torch.Generator().manual_seed(1), 2, noise=add_base_noise)
-    ids, _, P = pad(pairs, 4, model.config.eos_id)
-    noisy, masked, _ = add_base_noise(ids[:, P:], model.config.mask_id, torch.Generator().manual_seed(1))
-    logits = model(torch.cat((ids[:, :P], noisy), 1))[:, P:]
-    assert loss == pytest.approx(F.cross_entropy(logits[masked], ids[:, P:][masked], reduction='sum').item() / 8, rel=1e-5)
+    assert 'momentum' in optimizer.state_dict()['state'][0]

@@ -1,13 +1,8 @@
-"""The recipe end to end, in miniature: it runs, resumes to the same numbers, and says what is wrong in one line."""
-import argparse
-import itertools
+"""The recipe end to end, in miniature: what it leaves, how it goes on, that it is the paper's."""
 import json
 import os
-import pickle
 import re
 import resource
-import shutil
-import signal
 import subprocess
 import sys
 
@@ -17,367 +12,430 @@ from safetensors.torch import load_file
 
 import grpo
 import rewards
-import sft
 import train
 from model import nano_tokenizer
 from tiny import SHARED, needs_shared
 
 ROOT = os.path.join(os.path.dirname(__file__), '..')
-SMALL = ('--base_steps 3 --base_batch 4 --sft_steps 3 --sft_batch 4 --sft_problems 4 --grpo_steps 3 --num_prompts 2 '
-         '--num_generations 2 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 --sft_length 32 --eval_n 3 '
-         '--eval_lengths 8,16 --save_every 1').split()
+SMALL = ('--base_steps 2 --sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 '
+         '--num_generations 2 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 '
+         '--eval_n 3 --eval_lengths 8,16 --save_every 1').split()
 
 
 def rows(path):
     """The rows of a log without their timings."""
-    with open(path) as f:
-        return [{k: v for k, v in json.loads(line).items() if 'seconds' not in k} for line in f]
+    with open(path) as file:
+        lines = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if 'seconds' not in k} for row in lines]
+
+
+def results(folder):
+    return json.loads((folder / 'results.json').read_text())
 
 
 def weights(path):
     return torch.load(path, weights_only=True)['weights']
 
 
-def run(out, *flags):
-    train.main([*SMALL, '--out', str(out), *flags])
+def saved_model(folder):
+    tensors = load_file(folder / 'model' / 'model.safetensors')
+    return {name.removeprefix('model.transformer.'): tensor for name, tensor in tensors.items()}
+
+
+def run(out, name, *flags):
+    train.main([*SMALL, '--out', str(out), '--name', name, *flags])
+    return out / name
+
+
+def varied_grade(text, example):
+    """A reward that even an untrained model's completions earn in different amounts."""
+    return len(set(text)) / 10, len(text) % 2 == 0
+
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+    """The folder of all runs, with the base and 'whole', an uninterrupted run."""
+    folder = tmp_path_factory.mktemp('out')
+    run(folder, 'whole')
+    return folder
 
 
 @pytest.fixture(scope='module', autouse=True)
 def varied_reward():
-    """A reward that even an untrained model's completions earn in different amounts."""
-    task = rewards.TASKS['gsm8k']
-    rewards.TASKS['gsm8k'] = task._replace(reward=lambda text, example: len(set(text)) / 10)
-    yield
-    rewards.TASKS['gsm8k'] = task
+    with pytest.MonkeyPatch.context() as patch:
+        task = rewards.TASKS['gsm8k']._replace(grade=varied_grade)
+        patch.setitem(rewards.TASKS, 'gsm8k', task)
+        yield
 
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    """An uninterrupted run, from the base to the table."""
-    out = tmp_path_factory.mktemp('out')
-    run(out, '--name', 'whole')
-    return out
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_recipe_leaves_all_its_files(whole):
-    files = os.listdir(whole / 'whole')
-    for name in ('config.json', 'log.jsonl', 'samples.jsonl', 'results.json', 'model', 'sft.pt', 'grpo.pt'):
-        assert name in files
-    results = json.load(open(whole / 'whole' / 'results.json'))
-    assert set(results) == {'constant', 'base', 'sft', 'grpo'}
-    assert results['grpo']['gsm8k']['16']['n'] == 3
-    assert [row['stage'] for row in rows(whole / 'whole' / 'log.jsonl')] == ['sft'] * 3 + ['grpo'] * 3
+def assert_same_run(ours, theirs):
+    for name in ('log.jsonl', 'samples.jsonl'):
+        assert rows(ours / name) == rows(theirs / name)
+    assert results(ours) == results(theirs)
+    for name in ('sft.pt', 'grpo.pt'):
+        assert equal(weights(ours / name), weights(theirs / name))
 
 
-def test_same_seed_gives_the_same_log(whole):
-    run(whole, '--name', 'again')
-    assert rows(whole / 'again' / 'log.jsonl') == rows(whole / 'whole' / 'log.jsonl')
-    run(whole, '--name', 'other', '--seed', '1')
-    assert rows(whole / 'other' / 'log.jsonl') != rows(whole / 'whole' / 'log.jsonl')
+# ---- what a run leaves ----
+
+def test_the_recipe_leaves_all_its_files(out):
+    log = rows(out / 'whole' / 'log.jsonl')
+    stages = ['sft'] * 3 + ['grpo'] * 3
+    assert [(row['stage'], row['step']) for row in log] == list(zip(stages, [0, 1, 2] * 2))
+    assert all(row['first_ratio'] == 1 and row['bad_updates'] == 0 for row in log[3:])
+    assert [row['step'] for row in rows(out / 'whole' / 'samples.jsonl')] == [0, 1, 2]
+    assert list(results(out / 'whole')) == ['constant', 'base', 'sft', 'grpo']
+    assert results(out / 'whole')['grpo']['gsm8k']['16']['n'] == 3
+    assert equal(saved_model(out / 'whole'), weights(out / 'whole' / 'grpo.pt'))
+    with pytest.raises(ValueError, match='--resume goes on with it'):
+        run(out, 'whole')
 
 
-def test_first_ratio_is_one_and_masks_differ_between_updates(whole):
-    log = [row for row in rows(whole / 'whole' / 'log.jsonl') if row['stage'] == 'grpo']
-    assert all(row['first_ratio'] == 1 for row in log)
-    run(whole, '--name', 'fixed', '--fixed_mask')
-    fixed = [row for row in rows(whole / 'fixed' / 'log.jsonl') if row['stage'] == 'grpo']
-    assert fixed[0]['reward'] == log[0]['reward'] and fixed[0]['loss'] != log[0]['loss']
+def test_the_seed_makes_the_run_and_one_base_serves_all_seeds(out, monkeypatch):
+    monkeypatch.setattr(train, 'Corpus', None)                   # no other base is made
+    assert_same_run(run(out, 'again', '--gradient_checkpointing'), out / 'whole')
+    other = run(out, 'other', '--seed', '1')
+    for a, b in zip(rows(other / 'log.jsonl'), rows(out / 'whole' / 'log.jsonl'), strict=True):
+        assert a['loss'] != b['loss']
 
 
-def interrupt(monkeypatch, stage, step):
-    """Ctrl-C during a step."""
-    end_step = train.Run.end_step
-    def struck(self, args, at_stage, at_step, *rest):
-        if (at_stage, at_step) == (stage, step):
-            signal.raise_signal(signal.SIGINT)
-        end_step(self, args, at_stage, at_step, *rest)
-    monkeypatch.setattr(train.Run, 'end_step', struck)
+def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
+    first = rows(out / 'whole' / 'log.jsonl')[3]
+    fixed = rows(run(out, 'fixed', '--fixed_mask') / 'log.jsonl')[3]
+    assert fixed['reward'] == first['reward'] and fixed['loss'] != first['loss']
 
 
-def ends(capsys, status, out, *flags):
-    """The one line on stderr, progress bars aside, that a run ends in."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        train.run([*SMALL, '--out', str(out), *flags])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and '%|' not in line and 'it/s]' not in line]
-    assert end.value.code == status and len(lines) == 1, lines
-    return lines[0]
+@pytest.mark.parametrize('stage', ['sft', 'grpo'])
+def test_one_stage_can_be_trained_alone(out, stage):
+    alone = run(out, f'only-{stage}', '--stages', stage)
+    assert list(results(alone)) == ['constant', 'base', stage]
+    both = [row for row in rows(out / 'whole' / 'log.jsonl') if row['stage'] == stage]
+    same = rows(alone / 'log.jsonl') == both
+    assert same == (stage == 'sft'), 'in the whole run diffu-GRPO goes on from SFT'
 
 
-@pytest.mark.parametrize('stage, step', [('base', 1), ('sft', 1), ('grpo', 0), ('grpo', 2)])
-def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_numbers(whole, tmp_path, monkeypatch, capsys, stage, step):
-    out, name = tmp_path if stage == 'base' else whole, f'stopped-{stage}-{step}'
-    interrupt(monkeypatch, stage, step)
-    line = ends(capsys, 130, out, '--name', name, '--save_every', '9')
-    assert line == 'stopped; the same command with --resume goes on'
-    monkeypatch.undo()
-    run(out, '--name', name, '--resume')
-    for log in ('log.jsonl', 'samples.jsonl'):
-        assert rows(out / name / log) == rows(whole / 'whole' / log)
-    ours, theirs = weights(out / name / 'grpo.pt'), weights(whole / 'whole' / 'grpo.pt')
-    assert theirs and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+def test_a_saved_model_is_evaluated_to_the_numbers_of_its_training_run(out):
+    again = run(out, 'evaluated', '--model', str(out / 'whole' / 'model'), '--eval_only')
+    assert results(again)['base'] == results(out / 'whole')['grpo']
+    assert not (again / 'log.jsonl').exists() and not (again / 'model').exists()
 
 
-def test_a_second_ctrl_c_ends_at_once():
-    run = train.Run(argparse.Namespace(out='out', name='name'))
-    try:
-        run.interrupt()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert run.stop
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.mark.parametrize('stage, loss', [('sft', 'masked_loss'), ('grpo', 'grpo_loss')])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(out, monkeypatch, stage, loss):
+    calls, original = [], getattr(train, loss)
+
+    def spoilt(logps, *rest):
+        calls.append(1)
+        return original(logps * float('nan') if len(calls) == 2 else logps, *rest)
+    monkeypatch.setattr(train, loss, spoilt)
+    folder = run(out, f'skipped-{stage}', '--stages', stage)
+    log = rows(folder / 'log.jsonl')
+    is_bad = [row['grad_norm'] != row['grad_norm'] for row in log]           # nan
+    assert is_bad == [stage == 'grpo', stage == 'sft', False]
+    if stage == 'grpo':
+        assert [row['bad_updates'] for row in log] == [1, 0, 0]
+    trained = weights(folder / f'{stage}.pt')
+    assert all(tensor.isfinite().all() for tensor in trained.values())
+    assert not equal(trained, saved_model(out / 'base-0-gsm8k')), 'the other updates were made'
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='kill.py reads /proc')
+def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(out):
+    folder = run(out, 'lora', '--lora_rank', '4', '--lora_targets', 'q_proj,up_proj')
+    for stage in ('sft', 'grpo'):
+        layers = {name.rpartition('.')[0] for name in weights(folder / f'{stage}.pt')}
+        assert layers == {f'blocks.{i}.{name}' for i in range(3) for name in ('q_proj', 'up_proj')}
+        assert all('.lora_' in name for name in weights(folder / f'{stage}.pt'))
+    base, merged = saved_model(out / 'base-0-gsm8k'), saved_model(folder)
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert changed == {f'{layer}.weight' for layer in layers}
+
+
+def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(out):
+    folder = run(out, 'half', '--dtype', 'bfloat16', '--stages', 'grpo', '--num_iterations', '1',
+                 '--grpo_steps', '1')
+    trained = weights(folder / 'grpo.pt')
+    halved = {name: tensor.bfloat16() for name, tensor in trained.items()}
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert any(not torch.equal(trained[name], halved[name].float()) for name in trained)
+    assert equal(saved_model(folder), halved)
+    [row] = rows(folder / 'log.jsonl')
+    assert row['first_ratio'] == 1 and row['kl'] == 0, 'the reference computes as the policy does'
+
+
+# ---- a run that ends on the way, and goes on ----
+
+class Stopped(Exception):
+    pass
+
+
+def stop(out, name, function, number, *flags):
+    """A run that ends when call `number` of a function of train.py begins."""
+    calls, original = [], getattr(train, function)
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise Stopped
+        return original(*args)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, function, stopping)
+        run(out, name, *flags)
+    return out / name
+
+
+@pytest.mark.parametrize('flags', ['', '--lora_rank 2 --save_every 2'])
+@pytest.mark.parametrize('function, stride', [('write', 5), ('append', 2)])
+def test_a_run_stopped_again_and_again_gives_the_same_numbers(out, tmp_path, flags, function,
+                                                              stride):
+    """Start number i ends `stride` calls later than the one before, until one ends by itself."""
+    whole = run(out, f'whole-{function}', *flags.split()) if flags else out / 'whole'
+    resume, stops = [], 0
+    while not (tmp_path / 'run' / 'model').exists():
+        try:
+            stop(tmp_path, 'run', function, 1 + stride * stops, *flags.split(), *resume)
+            stops += 1
+        except pytest.fail.Exception:                            # nothing stopped it
+            pass
+        if (tmp_path / 'run' / 'config.json').exists():
+            resume = ['--resume']
+    assert stops >= 3
+    assert_same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kill.py forks')
 def test_killed_runs_resume_to_the_same_numbers():
-    """SIGKILL in each stage and in the middle of a write; tests/kill.py 20 is the long version."""
-    done = subprocess.run([sys.executable, 'tests/kill.py', '1'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                          capture_output=True, text=True)
+    """tests/kill.py 20 is the long version."""
+    done = subprocess.run([sys.executable, 'tests/kill.py', '1'], cwd=ROOT, capture_output=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True)
     assert done.returncode == 0, done.stderr
     assert 'every file of every run equals' in done.stdout
 
 
-def test_a_base_is_made_again_for_other_settings_but_not_for_another_seed(tmp_path):
-    base = lambda *flags: train.nano_base(train.check(train.parse(
-        ['--base_steps', '1', '--base_batch', '1', '--gen_length', '8', '--steps', '4', '--out', str(tmp_path), *flags])))
-    first = base()
-    assert base('--seed', '1', '--grpo_steps', '3') == first
-    others = [base('--thinkers', '0.43'), base('--textbook', '0.6'), base('--base_learning_rate', '0.001')]
-    assert len({first, *others}) == 4
+def test_what_is_finished_is_not_repeated(out, monkeypatch):
+    stop(out, 'stopped', 'answers', 4)                           # after sft, at the second length
+    answers, labels = train.answers, []
+
+    def spied(*args):
+        labels.append(args[-1])
+        return answers(*args)
+    monkeypatch.setattr(train, 'answers', spied)
+    monkeypatch.setattr(train, 'train_sft', None)
+    run(out, 'stopped', '--resume')
+    assert labels == ['sft: gsm8k, 16', 'grpo: gsm8k, 8', 'grpo: gsm8k, 16']
+    assert_same_run(out / 'stopped', out / 'whole')
 
 
-@pytest.fixture
-def stopped(whole, tmp_path, monkeypatch, capsys):
-    """The folder of a run that Ctrl-C ended in the first step of diffu-GRPO."""
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True, ignore=lambda top, names: [] if 'base-' in top else
-                    [name for name in names if top == str(whole) and not name.startswith('base-')])
-    interrupt(monkeypatch, 'grpo', 0)
-    ends(capsys, 130, tmp_path, '--name', 'run')
-    monkeypatch.undo()
-    return tmp_path / 'run'
+def test_a_learning_rate_given_with_resume_counts(out):
+    folder = stop(out, 'slower', 'save_checkpoint', 5)           # diffu-GRPO's second
+    before = weights(folder / 'checkpoint.pt')
+    run(out, 'slower', '--resume', '--learning_rate', '0')
+    assert equal(weights(folder / 'grpo.pt'), before)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(stopped, whole, capsys):
-    kept = (stopped / 'checkpoint.pt').read_bytes()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # bytes a file; a checkpoint has ten times as many
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(out):
+    folder = stop(out, 'full', 'save_checkpoint', 5)
+    kept = (folder / 'checkpoint.pt').read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))         # bytes per file
     try:
-        line = ends(capsys, 2, stopped.parent, '--name', 'run', '--resume')
-        with pytest.raises(OSError, match='model.new cannot be written'):  # safetensors has errors of its own
-            train.save_model(str(stopped / 'model'), *train.load('nano'))
+        with pytest.raises(SystemExit, match='checkpoint.pt.new cannot be written.*--resume'):
+            train.run([*SMALL, '--out', str(out), '--name', 'full', '--resume'])
+        with pytest.raises(OSError, match='model.new cannot be written'):
+            train.save_model(str(folder / 'model'), *train.load('nano'))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert 'checkpoint.pt.new' in line and line.endswith('mend that; a run that has begun goes on with --resume')
-    assert (stopped / 'checkpoint.pt').read_bytes() == kept and not (stopped / 'model').exists()
-    run(stopped.parent, '--name', 'run', '--resume')
-    assert rows(stopped / 'log.jsonl') == rows(whole / 'whole' / 'log.jsonl')
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (folder / 'checkpoint.pt').read_bytes() == kept and not (folder / 'model').exists()
+    assert_same_run(run(out, 'full', '--resume'), out / 'whole')
 
 
 class Bomb:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.mkdir, (self.path,)
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize('file', ['checkpoint.pt', 'sft.pt'])
-def test_a_checkpoint_is_data_of_this_model_or_one_line(stopped, capsys, file):
-    good = torch.load(stopped / file, weights_only=True)
-    shapes = {**good, 'weights': {name: tensor[:1] for name, tensor in good['weights'].items()}}
-    names = {**good, 'weights': {f'model.{name}': tensor for name, tensor in good['weights'].items()}}
-    for content in (dict(good, weights=Bomb(str(stopped / 'exploded'))), [1], {}, shapes, names):
-        torch.save(content, stopped / file)
-        line = ends(capsys, 2, stopped.parent, '--name', 'run', '--resume')
-        assert f'{file} is no checkpoint' in line and not (stopped / 'exploded').exists()
-    for data in (b'', b'nonsense', pickle.dumps(Bomb(str(stopped / 'exploded'))), (stopped / file).read_bytes()[:1000]):
-        (stopped / file).write_bytes(data)
-        line = ends(capsys, 2, stopped.parent, '--name', 'run', '--resume')
-        assert f'{file} is no checkpoint' in line and not (stopped / 'exploded').exists()
+def test_a_checkpoint_is_data_of_this_model_or_one_line(out, tmp_path):
+    folder = stop(out, 'spoilt', 'save_checkpoint', 5)
+    good = torch.load(folder / 'checkpoint.pt', weights_only=True)
+    shapes = {name: tensor[:1] for name, tensor in good['weights'].items()}
+    names = {'model.' + name: tensor for name, tensor in good['weights'].items()}
+    bomb = Bomb(str(tmp_path / 'exploded'))
+    for spoilt, says in ((shapes, 'another model'), (names, 'another model'),
+                         (bomb, 'checkpoint.pt is no checkpoint')):
+        torch.save(dict(good, weights=spoilt), folder / 'checkpoint.pt')
+        with pytest.raises(ValueError, match=says):
+            run(out, 'spoilt', '--resume')
+    assert not (tmp_path / 'exploded').exists()
 
 
-def test_a_learning_rate_given_with_resume_counts(stopped, whole):
-    before = weights(stopped / 'checkpoint.pt')
-    run(stopped.parent, '--name', 'run', '--resume', '--learning_rate', '1e-12')
-    after, whole = weights(stopped / 'grpo.pt'), weights(whole / 'whole' / 'grpo.pt')
-    moved = lambda weights: max((weights[name] - before[name]).abs().max() for name in before)
-    assert moved(after) < 1e-3 * moved(whole)
+# ---- sampling and evaluation ----
 
+def test_the_sampling_knobs_reach_rollouts_and_evaluation(out, monkeypatch):
+    asked, generate = [], grpo.generate
 
-def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(whole):
-    run(whole, '--name', 'lora', '--lora_rank', '4', '--lora_alpha', '8')
-    assert all('.lora_' in key for key in weights(whole / 'lora' / 'grpo.pt'))
-    merged = train.LLaDA.from_pretrained(str(whole / 'lora' / 'model')).state_dict()
-    base = train.LLaDA.from_pretrained(str(next(whole.glob('base-*')) / 'model')).state_dict()
-    adapted = [f'blocks.{i}.{name}.weight' for i in range(3) for name in ('q_proj', 'k_proj', 'v_proj', 'up_proj')]
-    assert merged.keys() == base.keys()
-    assert [name for name in base if not torch.equal(merged[name], base[name])] == [n for n in base if n in adapted]
-
-
-@pytest.mark.parametrize('flags, knobs', [('', (False, 0, 0.0)), ('--cache --refresh 3 --threshold 0.5', (True, 3, 0.5))])
-def test_faster_sampling_reaches_rollouts_and_evaluation(whole, tmp_path, monkeypatch, flags, knobs):
-    asked, generate = set(), grpo.generate
-    def spied(*tensors, **keys):
-        asked.add(('temperature' in keys, keys['cache'], keys['refresh'], keys['threshold']))  # rollouts have a temperature
-        return generate(*tensors, **keys)
+    def spied(*tensors, attention_mask, generators, **knobs):
+        if knobs not in asked:
+            asked.append(knobs)
+        return generate(*tensors, attention_mask=attention_mask, generators=generators, **knobs)
     monkeypatch.setattr(grpo, 'generate', spied)
-    run(whole, '--name', tmp_path.name, '--stages', 'grpo', '--grpo_steps', '1', *flags.split())
-    assert asked == {(True, *knobs), (False, *knobs)}
+    run(out, 'knobs', '--stages', 'grpo', '--grpo_steps', '1', '--cache', '--threshold', '0.5',
+        '--cfg_scale', '1', '--remasking', 'random', '--temperature', '0.7', '--eval_lengths', '8')
+    shared = dict(block_length=8, cache=True, threshold=0.5, cfg_scale=1.0)
+    rollouts = dict(shared, gen_length=16, steps=8, temperature=0.7, remasking='random')
+    assert asked == [dict(shared, gen_length=8, steps=4), rollouts]
 
 
-def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(whole):
-    run(whole, '--name', 'half', '--dtype', 'bfloat16', '--stages', 'grpo', '--grpo_steps', '1', '--num_iterations', '1')
-    masters = weights(whole / 'half' / 'grpo.pt')
-    assert {p.dtype for p in masters.values()} == {torch.float32}
-    assert any(not torch.equal(p, p.bfloat16().float()) for p in masters.values())
-    [row] = rows(whole / 'half' / 'log.jsonl')
-    assert row['first_ratio'] == 1 and row['kl'] == 0, 'the frozen reference computes as the policy does'
-    saved = load_file(whole / 'half' / 'model' / 'model.safetensors')
-    for name, tensor in masters.items():
-        assert torch.equal(saved['model.transformer.' + name], tensor.bfloat16())
+def test_every_answer_stands_with_its_own_problem(files, monkeypatch):
+    """A model that repeats its prompt: prompts go in by length, answers come out in order."""
+    args = nano_args('--eval_data', files['mixed'], '--max_prompt', '200', '--eval_batch', '2')
+    tokenizer = nano_tokenizer()
+    [problems] = train.test_sets(args, tokenizer).values()
+    sizes = []
 
-
-# --- the settings and test sets of LLaDA ---
-
-@pytest.mark.parametrize('task, steps, mu, updates, temperature, eval_n', [
-    ('gsm8k', 640, 12, 7680, 0.9, 0), ('math', 550, 12, 6600, 0.9, 0), ('countdown', 625, 8, 5000, 0.9, 0),
-    ('sudoku', 475, 8, 3800, 0.3, 256)])
-def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, eval_n):
-    args = train.check(train.parse(['--task', task, '--model', 'GSAI-ML/LLaDA-8B-Instruct']))
-    assert (args.grpo_steps, args.num_iterations, args.temperature, args.eval_n) == (steps, mu, temperature, eval_n)
-    assert steps * mu == updates, 'gradient steps of the paper: 7700, 6600, 5000, 3800'
-    assert args.num_prompts * args.num_generations == 6 * 2 * 8, 'completions an update: 6 a GPU, accumulated twice, 8 GPUs'
-    assert args.sft_steps * args.sft_batch == 20 * 1000, '20 epochs of s1K'
-    assert (args.lora_rank, args.lora_alpha, args.beta, args.epsilon, args.p_mask_prompt) == (128, 64, 0.04, 0.5, 0.15)
-    assert (args.learning_rate, args.max_grad_norm, args.sft_learning_rate) == (3e-6, 0.2, 1e-5)
-    assert (args.gen_length, args.steps, args.block_length, args.remasking) == (256, 128, 32, 'low_confidence')
-    assert args.eval_lengths == [128, 256, 512] and args.max_prompt + args.sft_length == 4096
-    assert train.parse(['--task', task, '--model', 'x/y', '--num_iterations', '2']).num_iterations == 2
-
-
-def llada_args(*flags):
-    return train.check(train.parse(['--model', 'x/y', *flags]))
-
-
-@needs_shared
-def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew():
-    file = str(SHARED / 'data/sudoku_test.csv')
-    [(name, pairs)] = train.test_sets(llada_args('--task', 'sudoku', '--eval_data', file), nano_tokenizer()).items()
-    theirs = [item['question'] for part in (SHARED / 'data/llada_generations').glob('sudoku*')
-              for item in json.loads(part.read_text())['generations']]
-    digits = lambda questions: sorted(re.search('[0-4]{16}', question)[0] for question in questions)
-    assert name == 'sudoku' and digits(example['question'] for _, example in pairs) == digits(theirs)
-
-
-def test_each_task_may_have_its_own_file(tmp_path):
-    puzzle, problem = dict(Puzzle='4320004330100004', Solution='4321124334122134'), dict(question='1+1?', answer='#### 2')
-    for name, row in (('puzzle', puzzle), ('problem', problem)):
-        (tmp_path / f'{name}.jsonl').write_text(json.dumps(row))
-    files = f"{tmp_path / 'problem.jsonl'},{tmp_path / 'puzzle.jsonl'}"
-    args = llada_args('--task', 'gsm8k,sudoku', '--data', files, '--eval_data', files)
-    sets = train.test_sets(args, nano_tokenizer())
-    assert {name: pairs[0][1]['answer'] for name, pairs in sets.items()} == dict(gsm8k=2.0, sudoku='4321124334122134')
-    assert train.Problems(args, nano_tokenizer(), 'sudoku', 'train').draw(0)[1]['answer'] == '4321124334122134'
-
-
-def test_dropout_is_the_same_again_and_after_a_stop(whole, monkeypatch):
-    flags = '--lora_rank 4 --lora_dropout 0.5 --stages grpo --learning_rate 1e-2'.split()
-    run(whole, '--name', 'dropout', *flags)
-    end_step = train.Run.end_step
-    def stop(self, args, stage, step, *rest):
-        self.stop = step == 1
-        end_step(self, args, stage, step, *rest)
-    monkeypatch.setattr(train.Run, 'end_step', stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(whole, '--name', 'dropout-again', *flags)
-    monkeypatch.undo()
-    run(whole, '--name', 'dropout-again', *flags, '--resume')
-    log = rows(whole / 'dropout' / 'log.jsonl')
-    assert rows(whole / 'dropout-again' / 'log.jsonl') == log and log[1]['first_ratio'] != 1, 'there was dropout'
+    def repeat(model, tokenizer, prompts, sampling):
+        sizes.append([len(prompt) for prompt in prompts])
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        return None, torch.ones(len(prompts), 5), texts
+    monkeypatch.setattr(train, 'complete', repeat)
+    items = train.answers(args, None, tokenizer, problems, 8, 'label')
+    lengths = [len(prompt) for _, prompt, _ in problems]
+    assert sum(sizes, []) == sorted(lengths) != lengths and max(map(len, sizes)) == 2
+    for (_, prompt, example), item in zip(problems, items, strict=True):
+        text = tokenizer.decode(prompt)
+        reward, correct = varied_grade(text, example)
+        assert item == dict(question=example['question'], generations=text, reward=reward,
+                            correct=correct, ground_truth=example['answer'], effective_tokens=5)
 
 
 def test_code_is_evaluated_on_human_eval_and_mbpp_apart(monkeypatch):
     human = dict(prompt='def f(x):\n', entry_point='f', test='def check(f):\n    assert f(1) == 1')
     mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='')
     hub = {'openai/openai_humaneval': [human], 'google-research-datasets/mbpp': [mbpp, mbpp]}
-    monkeypatch.setattr(rewards, 'read_rows', lambda source, config, split: split == 'test' and hub[source])
-    tokenizer, args = nano_tokenizer(), llada_args('--task', 'code', '--eval_lengths', '32')
+
+    def read_rows(source, config, split):
+        return hub[source] if split == 'test' else None
+    monkeypatch.setattr(rewards, 'read_rows', read_rows)
+    args, tokenizer = llada_args('--task', 'code', '--eval_lengths', '32'), nano_tokenizer()
     sets = train.test_sets(args, tokenizer)
-    assert {name: len(pairs) for name, pairs in sets.items()} == {'code-openai_humaneval': 1, 'code-mbpp': 2}
-    results = dict(constant=train.constant_scores(args, tokenizer, sets))
-    assert [results['constant'][name]['32']['accuracy'] for name in sets] == [1.0, 0.0]  # x for x, but not twice x
-    assert all(f'{name}: accuracy' in train.table(args, results) for name in sets)
+    assert {name: len(sets[name]) for name in sets} == {'code-openai_humaneval': 1, 'code-mbpp': 2}
+    constant = train.constant_scores(args, tokenizer, sets)
+    accuracy = [constant[name]['32']['accuracy'] for name in sets]
+    assert accuracy == [1.0, 0.0], 'the constant answer returns x, which is right once'
+    assert all(f'{name}: accuracy' in train.table(args, dict(constant=constant)) for name in sets)
 
 
-def test_a_run_is_never_overwritten(whole):
-    with pytest.raises(ValueError, match='--resume goes on with it'):
-        run(whole, '--name', 'whole')
+# ---- settings ----
+
+def nano_args(*flags):
+    return train.parse(['--gen_length', '16', '--steps', '8', *flags])
 
 
-def spoil(monkeypatch, module, name, calls, how):
-    """Lets some calls of a loss, counted from 1, return a spoilt one."""
-    loss, count = getattr(module, name), itertools.count(1)
-    def spoilt(*tensors):
-        value = loss(*tensors)
-        if next(count) not in calls:
-            return value
-        return (how(value[0]), *value[1:]) if isinstance(value, tuple) else how(value)
-    monkeypatch.setattr(module, name, spoilt)
+def llada_args(*flags):
+    return train.parse(['--model', 'x/y', *flags])
 
 
-@pytest.mark.parametrize('how', [lambda loss: loss * float('nan'), lambda loss: loss + float('inf')])  # its gradient is finite
-@pytest.mark.parametrize('stage, module, name', [('sft', sft, 'masked_loss'), ('grpo', train, 'grpo_loss')])
-def test_a_loss_that_is_not_finite_skips_one_update_and_is_counted(whole, monkeypatch, stage, module, name, how):
-    run_name = f'skipped-{stage}-{how(torch.tensor(1.0))}'
-    spoil(monkeypatch, module, name, {2}, how)
-    run(whole, '--name', run_name, '--stages', stage)
-    log = [json.loads(line, parse_constant=pytest.fail) for line in (whole / run_name / 'log.jsonl').read_text().splitlines()]
-    assert [row['bad_updates'] for row in log] == ([0, 1, 0] if stage == 'sft' else [1, 0, 0])
-    assert all(tensor.isfinite().all() for tensor in weights(whole / run_name / f'{stage}.pt').values())
+@pytest.mark.parametrize('task, steps, mu, updates, temperature, eval_n', [
+    ('gsm8k', 640, 12, 7680, 0.9, 0), ('math', 550, 12, 6600, 0.9, 0),
+    ('countdown', 625, 8, 5000, 0.9, 0), ('sudoku', 475, 8, 3800, 0.3, 256)])
+def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, eval_n):
+    args = llada_args('--task', task)
+    assert (args.grpo_steps, args.num_iterations) == (steps, mu)
+    assert steps * mu == updates, 'gradient steps of the paper: 7700, 6600, 5000, 3800'
+    assert (args.temperature, args.eval_n) == (temperature, eval_n)
+    # completions per update: 6 per GPU, accumulated twice, 8 GPUs; 20 epochs of s1K's 1000
+    assert args.num_prompts * args.num_generations == 6 * 2 * 8
+    assert args.sft_steps * args.sft_batch == 20 * 1000
+    assert args.max_prompt + args.sft_length == 4096
+    assert (args.lora_rank, args.lora_alpha, args.dtype) == (128, 64, 'bfloat16')
+    assert (args.beta, args.epsilon, args.p_mask_prompt) == (0.04, 0.5, 0.15)
+    assert (args.learning_rate, args.max_grad_norm, args.sft_learning_rate) == (3e-6, 0.2, 1e-5)
+    assert (args.gen_length, args.steps, args.block_length) == (256, 128, 32)
+    assert (args.remasking, args.eval_lengths) == ('low_confidence', [128, 256, 512])
 
 
-def test_too_many_bad_updates_end_the_run_and_keep_the_last_good_checkpoint(whole, monkeypatch):
-    spoil(monkeypatch, train, 'grpo_loss', range(1, 99), lambda loss: loss * float('nan'))
-    monkeypatch.setattr(train, 'MAX_BAD_UPDATES', 4)
-    with pytest.raises(ValueError, match='grpo step 1: 4 updates in a row .* lower the learning rate and --resume'):
-        run(whole, '--name', 'broken')
-    before, kept = weights(whole / 'broken' / 'sft.pt'), weights(whole / 'broken' / 'checkpoint.pt')
-    assert all(torch.equal(before[key], kept[key]) for key in before)
-    monkeypatch.undo()
-    run(whole, '--name', 'broken', '--resume', '--learning_rate', '1e-5')
-    assert [row['bad_updates'] for row in rows(whole / 'broken' / 'log.jsonl')] == [0] * 6
+def test_given_flags_come_before_presets():
+    assert llada_args('--task', 'sudoku', '--num_iterations', '2').num_iterations == 2
+    assert llada_args('--task', 'gsm8k,sudoku').num_iterations == 12, 'a preset is of one task'
+    files = ['--data', 'a', '--eval_data', 'b']
+    assert train.parse(files).gen_length == 48, 'real text is longer'
+    assert train.parse([*files, '--gen_length', '16']).gen_length == 16
+    assert train.parse([]).device == 'cpu', 'also where there is a GPU'
+    assert train.parse([]).folder == os.path.join('out', 'nano-gsm8k-sft+grpo-seed0')
 
 
-def test_a_base_that_breaks_names_its_own_learning_rate(tmp_path, monkeypatch):
-    spoil(monkeypatch, sft, 'masked_loss', range(1, 99), lambda loss: loss * float('nan'))
-    with pytest.raises(ValueError, match='base step 4: 5 updates in a row .* none was good: lower --base_learning_rate'):
-        run(tmp_path, '--base_steps', '8')
-
-
-def test_a_trained_nano_model_is_evaluated_on_the_same_problems(whole):
-    run(whole, '--model', str(whole / 'whole' / 'model'), '--eval_only', '--name', 'evaluated')
-    results = [json.loads((whole / name / 'results.json').read_text()) for name in ('evaluated', 'whole')]
-    assert results[0]['base'] == results[1]['grpo']
-    with pytest.raises(ValueError, match='no run to go on with'):  # without --name it is not the training run's
-        run(whole, '--eval_only', '--resume')
-
+# ---- problems ----
 
 @needs_shared
-@pytest.mark.parametrize('task, file', [('countdown', 'countdown_test.jsonl'), ('sudoku', 'sudoku_test.csv')])
-def test_nano_trains_on_files_without_solutions(tmp_path, task, file):
-    path = str(SHARED / 'data' / file)
-    run(tmp_path, '--task', task, '--data', path, '--eval_data', path, '--max_prompt', '64', '--name', 'x')
-    assert (tmp_path / 'x' / 'results.json').exists()
+def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew():
+    file = str(SHARED / 'data/sudoku_test.csv')
+    args = llada_args('--task', 'sudoku', '--eval_data', file)
+    [problems] = train.test_sets(args, nano_tokenizer()).values()
+    theirs = []
+    for part in (SHARED / 'data/llada_generations').glob('sudoku*'):
+        theirs += [item['question'] for item in json.loads(part.read_text())['generations']]
+    ours = [example['question'] for _, _, example in problems]
+
+    def grids(questions):
+        return sorted(re.search('[0-4]{16}', question)[0] for question in questions)
+    assert grids(ours) == grids(theirs)
 
 
-def test_two_runs_that_need_one_base_make_it_once(tmp_path):
-    command = [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL, '--eval_only', '--out', str(tmp_path), '--name']
-    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in 'ab']
-    texts = [process.communicate()[0] for process in both]
-    assert all(process.returncode == 0 for process in both) and ''.join(texts).count('pretraining a nano base') == 1
+@pytest.fixture
+def files(tmp_path):
+    """A Sudoku, eight word problems, and six of which four are long."""
+    def problem(question):
+        return dict(question=question, answer='#### 2')
+    contents = dict(
+        puzzle=[dict(Puzzle='4320004330100004', Solution='4321124334122134')],
+        numbers=[problem(str(i)) for i in range(8)],
+        mixed=[problem('1+1?' + 'x' * 99 * (i % 3 > 0)) for i in range(6)])
+    for name, rows in contents.items():
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return {name: str(tmp_path / f'{name}.jsonl') for name in contents}
 
 
-def test_a_memory_that_is_too_small_is_one_line(monkeypatch, capsys):
-    def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr(train, 'main', full)
-    with pytest.raises(SystemExit) as e:
-        train.run([])
-    assert e.value.code == 2 and capsys.readouterr().err.startswith('train.py: the memory is too small: lower ')
+def test_tasks_take_turns_and_each_may_have_its_own_file(files):
+    for data in (files['numbers'] + ',' + files['puzzle'], ',' + files['puzzle']):
+        args = nano_args('--task', 'gsm8k,sudoku', '--data', data, '--eval_data',
+                         files['numbers'] + ',' + files['puzzle'])
+        tests = train.test_sets(args, nano_tokenizer())
+        assert [len(tests[task]) for task in ('gsm8k', 'sudoku')] == [8, 1]
+        problems = train.Problems(args, nano_tokenizer())
+        drawn = [problems.draw(i) for i in range(16)]
+        assert [task for task, _, _ in drawn] == ['gsm8k', 'sudoku'] * 8
+        assert {example['answer'] for _, _, example in drawn[1::2]} == {'4321124334122134'}
+        questions = {example['question'] for _, _, example in drawn[::2]}
+        assert len(questions) == 8, 'another each time, of the file or built in'
+        assert (questions == set('01234567')) == (not data.startswith(','))
+
+
+def test_each_epoch_of_a_file_has_an_order_of_its_own(files):
+    orders = []
+    for seed in ('0', '1'):
+        args = nano_args('--data', files['numbers'], '--eval_data', files['mixed'], '--seed', seed)
+        problems = train.Problems(args, nano_tokenizer())
+        order = [problems.draw(i)[2]['question'] for i in range(16)]
+        assert sorted(order[:8]) == sorted(order[8:]) == list('01234567')
+        orders += [order[:8], order[8:]]
+    assert all(orders.count(order) == 1 for order in orders)
+
+
+def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(files, capsys):
+    args = nano_args('--data', files['mixed'], '--eval_data', files['mixed'], '--max_prompt', '64')
+    problems = train.Problems(args, nano_tokenizer())
+    drawn = [problems.draw(i) for i in range(20)]
+    assert {example['question'] for _, _, example in drawn} == {'1+1?'}
+    assert drawn == [train.Problems(args, nano_tokenizer()).draw(i) for i in range(20)]
+    [tests] = train.test_sets(args, nano_tokenizer()).values()
+    assert [example['question'] for _, _, example in tests] == ['1+1?'] * 2
+    assert '4 of 6 test prompts' in capsys.readouterr().out
+    args.max_prompt = 1
+    with pytest.raises(ValueError, match='--max_prompt 1: raise it'):
+        problems.draw(0)
