@@ -84,22 +84,23 @@ class Group:
     ref_logps: list = field(default_factory=list)                # mu times (G, L), or None
 
 
-def complete(model, tokenizer, prompts, sampling, generators=None):
+def complete(model, tokenizer, prompts, sampling, generators=None, prefill=''):
     """Completions of prompts (lists of ids): ids (B, L), completion_mask (B, L), texts.
 
-    sampling: generate's knobs, a dict; generators: one per row.
+    sampling: generate's knobs, a dict; generators: one per row; prefill: the text that the prompts
+    end in and that belongs to the answer.
     """
     model.eval()
     prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
     completion_ids = generate(model, prompt_ids, attention_mask=attention_mask,
                               generators=generators, **sampling)
     mask = completion_mask(completion_ids, model.config.end_ids)
-    texts = [tokenizer.decode(ids[keep], skip_special_tokens=True)
+    texts = [prefill + tokenizer.decode(ids[keep], skip_special_tokens=True)
              for ids, keep in zip(completion_ids, mask)]
     return completion_ids, mask, texts
 
 
-def rollout(model, tokenizer, problems, num_generations, sampling, seed, step):
+def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, prefill=''):
     """Samples and rewards a group for each of some problems, all in one call of the sampler.
 
     problems: [(k, task, prompt ids, example)], k = the prompt's number in this iteration;
@@ -110,7 +111,8 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step):
         for row in range(num_generations):
             prompts.append(prompt)
             generators.append(torch_stream(model.device, seed, 'rollout', step, k, row))
-    completion_ids, mask, texts = complete(model, tokenizer, prompts, sampling, generators)
+    completion_ids, mask, texts = complete(model, tokenizer, prompts, sampling, generators,
+                                           prefill)
     groups = []
     for i, (k, task, prompt, example) in enumerate(problems):
         rows = slice(i * num_generations, (i + 1) * num_generations)

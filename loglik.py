@@ -8,9 +8,13 @@ rollouts makes many noisy views of one sample, which regularises and saves rollo
 import torch
 
 
-def random_prompt_mask(prompt_ids, p_mask_prompt, generator=None):
-    """prompt_ids (B, P) -> (B, P) bool, True = masked, each token on its own with p_mask_prompt."""
+def random_prompt_mask(prompt_ids, p_mask_prompt, generator=None, num_prefill=0):
+    """prompt_ids (B, P) -> (B, P) bool, True = masked, each token on its own with p_mask_prompt.
+
+    The last num_prefill tokens are the given beginning of the answer and are never masked.
+    """
     noise = torch.rand(prompt_ids.shape, device=prompt_ids.device, generator=generator)
+    noise[:, prompt_ids.size(1) - num_prefill:] = 1
     return noise < p_mask_prompt
 
 

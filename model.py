@@ -5,15 +5,18 @@ is a prefix strip and a strict comparison. The network maps token ids, some of t
 logits at every position at once (LLaDA, arXiv 2502.09992, section 2).
 """
 import contextlib
+import glob
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 25       # of token_logps: 128 MB in float32
@@ -33,11 +36,16 @@ class Config:
     rms_norm_eps: float = 1e-5
     mask_token_id: int = 1
     eos_token_id: int = 0
+    head_dim: int = 0                   # hs; 0 = d_model / n_heads
+    qk_norm: bool = False               # RMSNorm of queries and keys per head (Qwen3)
+    weight_tying: bool = False          # the LM head is the embedding
+    layout: str = 'llada'               # or 'qwen3': names of tensors and of config.json's keys
     rest: dict = field(default_factory=dict)
     end_ids: tuple = ()                 # all ids that end a completion: eos, the chat's end of turn
 
     def __post_init__(self):
         self.end_ids = self.end_ids or (self.eos_token_id,)
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
 
     @property
     def mask_id(self):
@@ -50,27 +58,45 @@ class Config:
     @classmethod
     def from_dict(cls, keys):
         """The Config of config.json's keys; ValueError on a missing key or another architecture."""
+        qwen3 = 'qwen3' in keys.get('model_type', '')
+        rest = keys
+        if qwen3:                       # its published config names neither mask nor end
+            keys = {**QWEN3_DEFAULTS, **(keys.get('rope_parameters') or {}), **keys}
+        own = {}
+        for ours, theirs in (QWEN3_KEYS if qwen3 else LLADA_KEYS).items():
+            kind = cls.__dataclass_fields__[ours].type
+            if not isinstance(keys.get(theirs), (int, kind)):
+                raise ValueError(f'config.json has {theirs}={keys.get(theirs)!r}: it should be a '
+                                 f'{kind.__name__}; is this a LLaDA or Qwen3 diffusion model?')
+            own[ours] = keys[theirs]
+        if qwen3:
+            return cls(**own, qk_norm=True, layout='qwen3', rest=rest)
         for name, value in ARCHITECTURE.items():
             if keys.get(name, value) != value:
                 raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is known')
-        own = [name for name in cls.__dataclass_fields__ if name not in ('rest', 'end_ids')]
-        for name in own:
-            kind = cls.__dataclass_fields__[name].type
-            if not isinstance(keys.get(name), (int, kind)):
-                raise ValueError(f'config.json has {name}={keys.get(name)!r}, not {kind.__name__}: '
-                                 'is this the folder of a LLaDA model?')
-        rest = {name: value for name, value in keys.items() if name not in own}
-        return cls(**{name: keys[name] for name in own}, rest=rest)
+        return cls(**own, rest=rest)
 
     def to_dict(self):
-        keys = asdict(self)
-        del keys['end_ids']
-        rest = keys.pop('rest')
-        for name, file in rest.get('auto_map', {}).items():
+        """The keys of config.json, those that were read and do not concern us included."""
+        if self.layout == 'qwen3':
+            return self.rest
+        keys = dict(self.rest)
+        for name, file in keys.get('auto_map', {}).items():
             if '--' not in file:        # its files stay behind: name the repository that has them
-                rest['auto_map'][name] = f'{REMOTE_CODE}--{file}'
-        return {**ARCHITECTURE, 'architectures': ['LLaDAModelLM'], **rest, **keys,
+                keys['auto_map'] = {**keys['auto_map'], name: f'{REMOTE_CODE}--{file}'}
+        own = {name: getattr(self, name) for name in LLADA_KEYS}
+        return {**ARCHITECTURE, 'architectures': ['LLaDAModelLM'], **keys, **own,
                 'vocab_size': self.embedding_size, 'pad_token_id': self.eos_token_id}
+
+    def tensor_name(self, name):
+        """What the weight files call our tensor."""
+        if self.layout == 'llada':
+            return PREFIX + name
+        if name == 'ff_out.weight':
+            return 'lm_head.weight'
+        for ours, theirs in QWEN3_NAMES.items():
+            name = name.replace(ours, theirs)
+        return 'model.' + name
 
 
 class RMSNorm(nn.Module):
@@ -120,13 +146,15 @@ def pick(x, positions):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_size = c.d_model // c.n_heads
-        kv_size = self.head_size * c.n_kv_heads
+        self.head_size = c.head_dim
+        q_size, kv_size = c.head_dim * c.n_heads, c.head_dim * c.n_kv_heads
         self.attn_norm = RMSNorm(c.d_model, c.rms_norm_eps)
-        self.q_proj = Linear(c.d_model, c.d_model, bias=False)
+        self.q_proj = Linear(c.d_model, q_size, bias=False)
         self.k_proj = Linear(c.d_model, kv_size, bias=False)
         self.v_proj = Linear(c.d_model, kv_size, bias=False)
-        self.attn_out = Linear(c.d_model, c.d_model, bias=False)
+        self.attn_out = Linear(q_size, c.d_model, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.ff_norm = RMSNorm(c.d_model, c.rms_norm_eps)
         self.ff_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
         self.up_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
@@ -138,12 +166,12 @@ class Block(nn.Module):
         cache: the layer's keys and values (B, nh, all, hs); those from `start` on are renewed.
         """
         h = self.attn_norm(x)
-        k = rotate(self.heads(self.k_proj(h)), cos, sin)         # (B, nh, T, hs)
+        k = rotate(self.k_norm(self.heads(self.k_proj(h))), cos, sin)        # (B, nh, T, hs)
         v = self.heads(self.v_proj(h))
         if positions is not None:       # keys come from everywhere, queries from where we are asked
             x, h = pick(x, positions), pick(h, positions)
             cos, sin = pick(cos, positions), pick(sin, positions)
-        q = rotate(self.heads(self.q_proj(h)), cos, sin)
+        q = rotate(self.q_norm(self.heads(self.q_proj(h))), cos, sin)
         if cache is not None:
             keys, values = cache
             keys[:, :, start:start + k.size(2)] = k
@@ -169,6 +197,8 @@ class LLaDA(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_out = Linear(config.d_model, config.embedding_size, bias=False)
+        if config.weight_tying:
+            self.ff_out.weight = self.wte.weight
 
     @property
     def device(self):
@@ -201,7 +231,8 @@ class LLaDA(nn.Module):
         return logps.masked_scatter(scored, torch.cat(found))
 
     def head_logps(self, h, targets):
-        return -F.cross_entropy(self.ff_out(h).float(), targets, reduction='none')
+        logits = self.ff_out(h).float()
+        return -F.cross_entropy(logits, targets, reduction='none')
 
     def new_cache(self, B, T):
         """Room for keys and values of T positions: per layer (keys, values) of (B, nh, T, hs)."""
@@ -256,26 +287,29 @@ class LLaDA(nn.Module):
         """
         folder = fetch(folder_or_hub_id)
         config = Config.from_dict(read_json(folder, 'config.json'))
+        files = [open_weights(file) for file in weight_files(folder)]
+        if any('lm_head.weight' in file.keys() for file in files):
+            config.weight_tying = False              # whatever config.json says of it
         with torch.device('meta'):
             model = cls(config)
-        shapes = {PREFIX + name: p.shape for name, p in model.named_parameters()}
+        ours = {config.tensor_name(name): name for name, _ in model.named_parameters()}
         weights = {}
-        for file in weight_files(folder):
-            try:
-                shard = safe_open(file, 'pt')
-            except Exception as e:      # safetensors has its own types for a cut or foreign file
-                raise ValueError(f'{file} is no whole weight file ({e}): get it again') from None
-            for key in shard.keys():
-                shape = torch.Size(shard.get_slice(key).get_shape())
-                if shapes.get(key) != shape:
-                    raise ValueError(f'{key} is {tuple(shape)} in {file}, but config.json asks for '
-                                     f'{tuple(shapes.get(key, ())) or "no such tensor"}')
-                weights[key.removeprefix(PREFIX)] = shard.get_tensor(key).to(device, dtype)
-        missing = [key for key in shapes if key.removeprefix(PREFIX) not in weights]
+        for file in files:
+            for key in file.keys():
+                shape = torch.Size(file.get_slice(key).get_shape())
+                wanted = model.get_parameter(ours[key]).shape if key in ours else 'no such tensor'
+                if shape != wanted:
+                    raise ValueError(f'{key} is {shape} in {folder}, config.json asks for {wanted}')
+                weights[ours[key]] = file.get_tensor(key).to(device, dtype)
+        missing = [key for key in ours if ours[key] not in weights]
         if missing:
             raise ValueError(f'{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: is '
                              'the download complete?')
+        if config.weight_tying:
+            weights['ff_out.weight'] = weights['wte.weight']
         model.load_state_dict(weights, assign=True)
+        if config.weight_tying:
+            model.ff_out.weight = model.wte.weight   # one parameter, also when it is trained
         return model
 
     def save_pretrained(self, folder, max_shard_size='5GB'):
@@ -286,10 +320,10 @@ class LLaDA(nn.Module):
         from huggingface_hub import save_torch_state_dict
         os.makedirs(folder, exist_ok=True)
         weights = {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in self.named_parameters():             # a tied head only once
             if '.lora_' not in name:
                 tensor = tensor.detach().to('cpu', self.compute_dtype or tensor.dtype)
-                weights[PREFIX + name] = tensor.contiguous()
+                weights[self.config.tensor_name(name)] = tensor.contiguous()
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
         with open(os.path.join(folder, 'config.json'), 'w') as file:
             json.dump(self.config.to_dict(), file, indent=2)
@@ -332,6 +366,26 @@ def lora_off(model):
 
 
 @torch.no_grad()
+def lora_adapters(model):
+    """{layer: (A (r, in), alpha/r B (out, r))}, copies on the CPU."""
+    adapters = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, 'lora_a'):
+            b = layer.lora_scale * layer.lora_b
+            adapters[name] = layer.lora_a.to('cpu', copy=True), b.to('cpu', copy=True)
+    return adapters
+
+
+def side_by_side(first, second):
+    """Two dicts of adapters as one of the summed rank: B A + D C = [B D] [A; C]."""
+    both = {**first, **second}
+    for name in first.keys() & second.keys():
+        (a, b), (c, d) = first[name], second[name]
+        both[name] = torch.cat((a, c), dim=0), torch.cat((b, d), dim=1)
+    return both
+
+
+@torch.no_grad()
 def merge_lora(model):
     """Folds the adapters into the weights, layer by layer, and takes them off; all is trainable."""
     for layer in lora_layers(model):
@@ -342,9 +396,68 @@ def merge_lora(model):
     return model.requires_grad_(True)
 
 
+def save_adapter(folder, model, adapters, base):
+    """Writes adapters as the peft library reads them; base: the model that they are for."""
+    os.makedirs(folder, exist_ok=True)
+    tensors, ranks = {}, {}
+    for name, (a, b) in adapters.items():
+        place = model.config.tensor_name(name + '.weight').removesuffix('.weight')
+        tensors[f'base_model.model.{place}.lora_A.weight'] = a.contiguous()
+        tensors[f'base_model.model.{place}.lora_B.weight'] = b.contiguous()
+        ranks[place.rpartition('.')[2]] = len(a)                 # alpha = r: B holds the scale
+    rank = max(ranks.values())
+    config = dict(peft_type='LORA', base_model_name_or_path=base, r=rank, lora_alpha=rank,
+                  lora_dropout=0.0, bias='none', target_modules=sorted(ranks), rank_pattern=ranks,
+                  alpha_pattern=ranks, inference_mode=True)
+    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'))
+    with open(os.path.join(folder, 'adapter_config.json'), 'w') as file:
+        json.dump(config, file, indent=2)
+
+
+@torch.no_grad()
+def load_adapter(folder, model):
+    """Merges an adapter of peft's layout into the model's weights."""
+    config = read_json(folder, 'adapter_config.json')
+    file = open_weights(os.path.join(folder, 'adapter_model.safetensors'))
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            layers[model.config.tensor_name(name + '.weight')] = layer
+    for key in file.keys():
+        if '.lora_A.' not in key:
+            continue
+        place = key.removeprefix('base_model.model.').replace('.lora_A', '')
+        if place not in layers:
+            raise ValueError(f'{folder} is an adapter of another model: it has {key}')
+        kind = place.split('.')[-2]
+        rank = config.get('rank_pattern', {}).get(kind, config['r'])
+        alpha = config.get('alpha_pattern', {}).get(kind, config['lora_alpha'])
+        weight = layers[place].weight
+        a = file.get_tensor(key).to(weight.device).float()
+        b = file.get_tensor(key.replace('.lora_A', '.lora_B')).to(weight.device).float()
+        weight.copy_(weight.float() + alpha / rank * b @ a)
+
+
 # ---- folders ----
 
-PREFIX = 'model.transformer.'  # in front of every tensor's name in a checkpoint file
+PREFIX = 'model.transformer.'            # in front of every tensor's name in LLaDA's files
+LLADA_KEYS = {name: name for name in '''d_model n_heads n_kv_heads n_layers mlp_hidden_size
+    embedding_size max_sequence_length rope_theta rms_norm_eps mask_token_id eos_token_id
+    '''.split()}
+QWEN3_KEYS = dict(
+    d_model='hidden_size', n_heads='num_attention_heads', n_kv_heads='num_key_value_heads',
+    n_layers='num_hidden_layers', mlp_hidden_size='intermediate_size', embedding_size='vocab_size',
+    max_sequence_length='max_position_embeddings', rope_theta='rope_theta',
+    rms_norm_eps='rms_norm_eps', mask_token_id='mask_token_id', eos_token_id='eos_token_id',
+    head_dim='head_dim', weight_tying='tie_word_embeddings')
+QWEN3_DEFAULTS = dict(mask_token_id=151669, eos_token_id=151645)     # <|mask|>, <|im_end|>
+QWEN3_NAMES = {
+    'wte.': 'embed_tokens.', 'ln_f.': 'norm.', 'blocks.': 'layers.',
+    '.attn_norm.': '.input_layernorm.', '.ff_norm.': '.post_attention_layernorm.',
+    '.q_proj.': '.self_attn.q_proj.', '.k_proj.': '.self_attn.k_proj.',
+    '.v_proj.': '.self_attn.v_proj.', '.attn_out.': '.self_attn.o_proj.',
+    '.q_norm.': '.self_attn.q_norm.', '.k_norm.': '.self_attn.k_norm.',
+    '.ff_proj.': '.mlp.gate_proj.', '.up_proj.': '.mlp.up_proj.', '.ff_out.': '.mlp.down_proj.'}
 REMOTE_CODE = 'GSAI-ML/LLaDA-8B-Instruct'    # where transformers finds the classes of auto_map
 # Switches of config.json whose other values are other networks.
 ARCHITECTURE = dict(
@@ -377,6 +490,13 @@ def fetch(folder_or_hub_id):
                          f'({type(e).__name__}): check the name and the network') from None
 
 
+def open_weights(file):
+    try:
+        return safe_open(file, 'pt')
+    except Exception as e:              # safetensors has its own types for a cut or foreign file
+        raise ValueError(f'{file} is no whole weight file ({e}): get it again') from None
+
+
 def weight_files(folder):
     """The safetensors files of a folder: the shards that its index names, or the single file."""
     names = ['model.safetensors']
@@ -404,7 +524,7 @@ def load(name, dtype=torch.float32, device='cpu', seed=0):
 
 
 def load_tokenizer(name, config):
-    """The tokenizer of a folder or hub id; its end of a turn joins config.end_ids."""
+    """The tokenizer of a folder or hub id; all that ends its turns joins config.end_ids."""
     from transformers import PreTrainedTokenizerFast     # AutoTokenizer would ask for a model class
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(fetch(name))
@@ -415,15 +535,29 @@ def load_tokenizer(name, config):
         raise ValueError(f'{name} has no usable tokenizer with a chat template '
                          f'({type(e).__name__}: {line}): is this the Instruct model?') from None
     vocabulary = tokenizer.get_vocab()
-    mask_id = vocabulary.get('<|mdm_mask|>', tokenizer.mask_token_id)    # LLaDA names no mask_token
-    theirs = (mask_id, tokenizer.eos_token_id)
-    if theirs != (config.mask_id, config.eos_id) or len(tokenizer) > config.embedding_size:
-        ours = (config.mask_id, config.eos_id)
-        raise ValueError(f'{name} contradicts itself: mask, eos are {theirs} of {len(tokenizer)} in '
-                         f'its tokenizer, {ours} of {config.embedding_size} in config.json')
-    end_of_turn = vocabulary.get('<|eot_id|>', config.eos_id)
-    config.end_ids = tuple({config.eos_id: 1, end_of_turn: 1})
+    masks = [vocabulary.get(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
+    ends = [vocabulary.get(token) for token in ('<|eot_id|>', '<|im_end|>', '<|endoftext|>')]
+    ends = [end for end in [tokenizer.eos_token_id, *ends] if end is not None]
+    agree = config.mask_id in masks and config.eos_id in ends
+    if not agree or len(tokenizer) > config.embedding_size:
+        raise ValueError(f'{name} contradicts itself: mask and eos are {config.mask_id} and '
+                         f'{config.eos_id} of {config.embedding_size} tokens in config.json, but '
+                         f'{masks} and {ends} in its tokenizer')
+    config.end_ids = tuple(dict.fromkeys([config.eos_id, *ends]))
     return tokenizer
+
+
+def save_tokenizer(folder, tokenizer, source):
+    """The source's own files, as its software wrote them; the nano tokenizer is made by us.
+
+    transformers 5 would write the name of a class that older versions, which LLaDA's own code
+    needs, do not have.
+    """
+    if source == 'nano':
+        return tokenizer.save_pretrained(folder)
+    for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*'):
+        for file in glob.glob(os.path.join(glob.escape(fetch(source)), pattern)):
+            shutil.copy(file, folder)
 
 
 # ---- the nano model: everything made in code ----

@@ -525,9 +525,9 @@ def make(task_name, rng, part):
             return example
 
 
-def prompt(task_name, example):
+def prompt(task_name, example, instructions=''):
     """The text of the one user message for an example, the same in training and evaluation."""
-    return f"{TASKS[task_name].instructions}\n\n{example['question']}"
+    return f"{instructions or TASKS[task_name].instructions}\n\n{example['question']}"
 
 
 def grade_all(task_name, completions, examples):

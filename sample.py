@@ -248,7 +248,8 @@ def left_pad(prompts, pad_id, device):
 def chat(tokenizer, text):
     """One user message as token ids, with the chat template and its opening of the answer."""
     message = [dict(role='user', content=text)]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False,
+                                         enable_thinking=False)
 
 
 # ---- python sample.py: watch a text being denoised ----

@@ -37,7 +37,8 @@ from tqdm import tqdm
 import rewards
 from grpo import complete, fixed_logps, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
-from model import add_lora, load, merge_lora, read_json
+from model import (add_lora, load, load_adapter, lora_adapters, merge_lora, read_json,
+                   save_adapter, save_tokenizer, side_by_side)
 from sample import chat, check_lengths, left_pad, random_stream, shuffled, torch_stream
 from sft import Corpus, Muon, Traces, clean_trace, encode_traces, load_s1k, masked_loss
 
@@ -49,6 +50,7 @@ FLAGS = [
     ('stages', 'sft,grpo', 'sft,grpo', 'sft,grpo is d1; grpo: diffu-GRPO from the base; or sft'),
     ('name', '', '', 'the run is kept in out/NAME [model-task-stages-seed]'),
     ('out', 'out', 'out', 'the folder of all runs'),
+    ('adapter', '', '', "an adapter in PEFT's layout, merged into the model before all else"),
     ('seed', 0, 0, 'of everything random but the base'),
     ('device', 'cpu', 'cuda', 'a nano model is faster on the CPU'),
     ('dtype', 'float32', 'bfloat16', 'of arithmetic and frozen weights; trained ones are float32'),
@@ -59,6 +61,8 @@ FLAGS = [
     ('eval_data', '', '', 'test problems: likewise'),
     ('sft_data', '', '', 'a file with question, thinking_trajectories, attempt, as s1K'),
     ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
+    ('instructions', '', '', 'a file with other instructions than rewards.py has'),
+    ('prefill', '', '', "what every completion begins with, such as '<reasoning>'"),
     # diffu-GRPO
     ('grpo_steps', 40, 640, 'outer iterations of num_prompts new prompts and mu updates'),
     ('num_prompts', 8, 16, 'prompts per outer iteration; their groups share each update'),
@@ -87,6 +91,8 @@ FLAGS = [
     ('sft_batch', 32, 8, 'sequences per update'),
     ('sft_length', 32, 3584, 'answer tokens; longer answers are cut'),
     ('sft_learning_rate', 3e-6, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
+    ('sft_lora_alpha', 64, 256, 'with lora_rank 128 the scale alpha/rank is 2, as in d1'),
+    ('sft_lora_targets', 'q_proj,k_proj,v_proj', 'q_proj,k_proj,v_proj', 'layers'),
     ('micro_batch', 64, 1, 'sequences per forward pass'),
     # LoRA and memory
     ('lora_rank', 0, 128, '0 = train all weights'),
@@ -113,6 +119,7 @@ def train_grpo(args, model, tokenizer, problems):
     sampling = dict(sampling_knobs(args), gen_length=args.gen_length, steps=args.steps,
                     temperature=args.temperature, remasking=args.remasking)
     prompts_per_call = max(1, args.rollout_batch // args.num_generations)
+    num_prefill = len(prefill_ids(args, tokenizer))
     start = load_checkpoint(args, 'grpo', model, [optimizer])
     for group in optimizer.param_groups:
         group['lr'] = args.learning_rate         # a resumed run may have been given another
@@ -125,15 +132,15 @@ def train_grpo(args, model, tokenizer, problems):
         groups = []
         for first in range(0, len(drawn), prompts_per_call):
             groups += rollout(model, tokenizer, drawn[first:first + prompts_per_call],
-                              args.num_generations, sampling, args.seed, step)
+                              args.num_generations, sampling, args.seed, step, args.prefill)
 
         # the prompt masks of all mu updates, now, since the old policy exists only here
         for group in groups:
             for n in range(args.num_iterations):
                 stream = torch_stream(args.device, args.seed, 'mask', step,
                                       0 if args.fixed_mask else n, group.k)
-                group.prompt_masks.append(                                                     # 8
-                    random_prompt_mask(group.prompt_ids, args.p_mask_prompt, stream))
+                group.prompt_masks.append(random_prompt_mask(                                  # 8
+                    group.prompt_ids, args.p_mask_prompt, stream, num_prefill))
             group.old_logps, group.ref_logps = fixed_logps(model, reference, group, args.beta,
                                                            args.rollout_batch)
         rollout_seconds = time.time() - began
@@ -271,7 +278,7 @@ class Problems:
                 example = shuffled(self.rows[task], i, self.args.seed, task)
             else:
                 example = built_in(self.args, task, 'train', i)
-            prompt_ids = encode(self.tokenizer, task, example)
+            prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt:
                 return task, prompt_ids, example
         raise ValueError(f'{task}: no prompt fits --max_prompt {self.args.max_prompt}: raise it')
@@ -281,8 +288,16 @@ def built_in(args, task, part, index):
     return rewards.make(task, random_stream(args.seed, task, part, index), part)
 
 
-def encode(tokenizer, task, example):
-    return chat(tokenizer, rewards.prompt(task, example))
+def encode(args, tokenizer, task, example):
+    """The ids of an example's prompt, and of the text that its completion begins with."""
+    text = rewards.prompt(task, example, args.instructions)
+    return chat(tokenizer, text) + prefill_ids(args, tokenizer)
+
+
+def prefill_ids(args, tokenizer):
+    if not args.prefill:
+        return []
+    return tokenizer(args.prefill, add_special_tokens=False)['input_ids']
 
 
 def test_sets(args, tokenizer):
@@ -307,7 +322,7 @@ def test_set(args, tokenizer, name, examples):
     if task == 'sudoku' and 0 < args.eval_n < len(examples):
         drawn = np.random.RandomState(42).choice(len(examples), args.eval_n, replace=False)
         examples = [examples[i] for i in drawn]
-    problems = [(task, encode(tokenizer, task, example), example) for example in examples]
+    problems = [(task, encode(args, tokenizer, task, example), example) for example in examples]
     fitting = [problem for problem in problems if len(problem[1]) <= args.max_prompt]
     if len(fitting) < len(problems):
         print0(f'{name}: {len(problems) - len(fitting)} of {len(problems)} test prompts are longer '
@@ -344,7 +359,7 @@ def answers(args, model, tokenizer, problems, length, label):
     for first in progress_bar(label, 0, len(mine), args.eval_batch):
         batch = [problems[i] for i in mine[first:first + args.eval_batch]]
         task, prompts, examples = zip(*batch)
-        _, mask, texts = complete(model, tokenizer, prompts, sampling)
+        _, mask, texts = complete(model, tokenizer, prompts, sampling, prefill=args.prefill)
         grades = rewards.grade_all(task[0], texts, examples)
         for example, text, tokens, grade in zip(examples, texts, mask.sum(1).tolist(), grades):
             found.append(dict(question=example['question'], generations=text, reward=grade[0],
@@ -513,7 +528,7 @@ def read_checkpoint(args, name):
     if not os.path.exists(path):
         return None
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)   # never a pickle's code
+        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)    # data only
     except Exception as e:                       # a cut or foreign file raises whatever it likes
         raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it, and --resume '
                          'goes on from the one before') from None
@@ -531,14 +546,14 @@ def put_weights(args, model, weights):
         own[name].copy_(weights[name])
 
 
-def save_model(folder, model, tokenizer):
-    """Model and tokenizer in the Hugging Face layout; the folder appears only when it is whole."""
+def save_model(folder, model, tokenizer, source):
+    """Model and tokenizer in the layout of their source; the folder appears only when whole."""
     if rank():
         return
     shutil.rmtree(folder + '.new', ignore_errors=True)
     try:
         model.save_pretrained(folder + '.new')
-        tokenizer.save_pretrained(folder + '.new')
+        save_tokenizer(folder + '.new', tokenizer, source)
     except Exception as e:                       # safetensors and tokenizers have error types too
         raise OSError(f'{folder}.new cannot be written ({e})') from None
     shutil.rmtree(folder, ignore_errors=True)
@@ -627,6 +642,9 @@ def check(args):
     for name in ('num_prompts', 'sft_batch'):    # else some would wait for others' gradients
         if getattr(args, name) % world_size():
             raise ValueError(f'--{name} is no multiple of the {world_size()} processes')
+    if args.instructions:
+        with open(args.instructions) as file:
+            args.instructions = file.read().strip()
     args.data = files_of(args.tasks, args.data)
     args.eval_data = files_of(args.tasks, args.eval_data)
     for task in args.tasks if args.world == 'nano' else []:
@@ -705,7 +723,7 @@ def nano_base(args, tokenizer):
         corpus = Corpus(rows, tokenizer, base.seed, base.base_steps, base.thinking_share,
                         base.gen_length, model.config)
         train_sft(base, 'base', model, [muon, adam], corpus, base.base_steps)
-        save_model(folder, model, tokenizer)
+        save_model(folder, model, tokenizer, 'nano')
     gather([])                                   # all wait for process 0
     return folder
 
@@ -725,11 +743,17 @@ def sft_data(args, tokenizer, config):
     return Traces(pairs, args.sft_batch, args.sft_length, config, args.seed, args.device)
 
 
-def train_stage(args, stage, model, tokenizer, problems, traces):
-    """One stage, from the weights before it to the weights after it, kept in STAGE.pt."""
+def train_stage(args, stage, model, tokenizer, problems, traces, adapters):
+    """One stage, from the weights before it to the weights after it, kept in STAGE.pt.
+
+    Returns the adapters of all stages so far, side by side; they are merged into the model.
+    """
     if args.lora_rank:
         seed = random_stream(args.seed, 'lora', stage).getrandbits(63)
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets.split(','), seed)
+        alpha, targets = args.lora_alpha, args.lora_targets
+        if stage == 'sft':
+            alpha, targets = args.sft_lora_alpha, args.sft_lora_targets
+        add_lora(model, args.lora_rank, alpha, targets.split(','), seed)
     finished = read_checkpoint(args, f'{stage}.pt')
     if finished:
         put_weights(args, model, finished['weights'])
@@ -741,7 +765,9 @@ def train_stage(args, stage, model, tokenizer, problems, traces):
     if not finished:
         write(args, f'{stage}.pt', dict(weights=trained_weights(model)))
     if args.lora_rank:
+        adapters = side_by_side(adapters, lora_adapters(model))
         merge_lora(model)
+    return adapters
 
 
 def main(argv=None):
@@ -760,7 +786,7 @@ def main(argv=None):
     if 'sft' in args.stages and not args.eval_only:
         traces = sft_data(args, tokenizer, model.config)
     layers = dict(model.blocks[0].named_children())
-    for target in args.lora_targets.split(','):
+    for target in args.lora_targets.split(',') + args.sft_lora_targets.split(','):
         if target not in layers:
             raise ValueError(f'--lora_targets {target}: choose from {", ".join(layers)}')
     if args.model == 'nano':
@@ -770,6 +796,8 @@ def main(argv=None):
     write_json(args, 'config.json', vars(args))
     if args.model == 'nano':
         model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
+    if args.adapter:
+        load_adapter(args.adapter, model)
     model.compute_dtype = dtype                  # of float32 weights, too: bfloat16 ones would not
     model.gradient_checkpointing = args.gradient_checkpointing    # notice steps of 3e-6
 
@@ -778,11 +806,14 @@ def main(argv=None):
         results = read_json(args.folder, 'results.json')
     results['constant'] = constant_scores(args, tokenizer, tests)
     evaluate(args, model, tokenizer, tests, 'base', results)
+    adapters = {}
     for stage in args.stages if not args.eval_only else []:
-        train_stage(args, stage, model, tokenizer, problems, traces)
+        adapters = train_stage(args, stage, model, tokenizer, problems, traces, adapters)
         evaluate(args, model, tokenizer, tests, stage, results)
     if not args.eval_only:
-        save_model(os.path.join(args.folder, 'model'), model, tokenizer)
+        save_model(os.path.join(args.folder, 'model'), model, tokenizer, args.model)
+        if adapters and rank() == 0:
+            save_adapter(os.path.join(args.folder, 'adapter'), model, adapters, args.model)
     print0(table(args, results))
 
 

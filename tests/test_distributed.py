@@ -23,20 +23,27 @@ FLAGS = [*SMALL, '--eval_lengths', '8', '--eval_batch', '1', '--sft_batch', '6',
 
 
 def run(out, name, kind, *flags):
-    """A run that keeps the summed gradients of its updates, except the base's."""
+    """A run that keeps its summed gradients, except the base's, and counts what it evaluates."""
     clip, gradients = train.clip_grad_norm_, []
+    complete, evaluated = train.complete, []
 
     def keep(parameters, limit):
         parameters = [p for p in parameters if p.grad is not None]
         gradients.append([p.grad.clone() for p in parameters])
         return clip(parameters, limit)
-    train.clip_grad_norm_ = keep
+
+    def count(model, tokenizer, prompts, *rest):
+        evaluated.extend(prompts)
+        return complete(model, tokenizer, prompts, *rest)
+    train.clip_grad_norm_, train.complete = keep, count
     try:
         train.main([*FLAGS, '--out', str(out), '--name', name, *KINDS[kind], *flags])
     finally:
-        train.clip_grad_norm_ = clip
+        train.clip_grad_norm_, train.complete = clip, complete
+    evaluated = sorted(train.gather(evaluated))
     if train.rank() == 0:
-        torch.save(gradients[-9:], out / name / 'gradients.pt')      # 3 of SFT, 6 of diffu-GRPO
+        kept = gradients[-9:], evaluated                             # 3 of SFT, 6 of diffu-GRPO
+        torch.save(kept, out / name / 'kept.pt')
 
 
 @pytest.fixture(scope='module')
@@ -72,8 +79,10 @@ def assert_same_run(one, two):
 def test_two_processes_equal_one(out, kind):
     run(out, f'one-{kind}', kind)
     assert_same_run(out / f'one-{kind}', out / f'two-{kind}')
-    one, two = (torch.load(out / f'{n}-{kind}' / 'gradients.pt') for n in ('one', 'two'))
+    one, prompts = torch.load(out / f'one-{kind}' / 'kept.pt')
+    two, shared_prompts = torch.load(out / f'two-{kind}' / 'kept.pt')
     close(one, two)
+    assert prompts == shared_prompts, 'no prompt is evaluated twice'
     for update in one:
         assert max(g.abs().max() for g in update) > 1e-3, 'or 1e-5 would say nothing'
 

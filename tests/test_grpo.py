@@ -173,7 +173,7 @@ def put_reward(monkeypatch, reward, task='gsm8k'):
 
 def groups_of(model, problems, seed=0, step=0, G=4):
     sampling = dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
-    return rollout(model, Letters(), problems, G, sampling, seed, step)
+    return rollout(model, Letters(), problems, G, sampling, seed=seed, step=step)
 
 
 PROBLEMS = [(0, 'gsm8k', [5, 6, 7], dict(bonus=1)), (3, 'math', [8] * 6, dict(bonus=2)),
@@ -291,8 +291,8 @@ class Trained:
         self.start, self.problems = copy.deepcopy(self.model), Problems()
         self.groups, self.calls, self.rates, self.gradients = [], [], [], []
 
-        def recorded(model, tokenizer, problems, G, sampling, seed, step):
-            groups = rollout(model, tokenizer, problems, G, sampling, seed, step)
+        def recorded(model, tokenizer, problems, G, sampling, *rest):
+            groups = rollout(model, tokenizer, problems, G, sampling, *rest)
             self.groups += groups
             self.calls.append((len(problems), sampling))
             return groups

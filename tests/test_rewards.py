@@ -250,13 +250,14 @@ def test_a_prompt_is_one_paragraph_with_the_four_tags_and_then_the_question(task
     assert [text.count(tag) for tag in rewards.TAGS] == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize('task', ['gsm8k', 'code'])
-def test_a_batch_is_graded_in_its_order(task):
-    right = dict(gsm8k='18', code='def f(x): return 2 * x')[task]
-    texts = [tagged(right), '', tagged('x'), tagged(right)]
-    expected = [TASKS[task].grade(text, EXAMPLES[task]) for text in texts]
-    assert rewards.grade_all(task, texts, [EXAMPLES[task]] * 4) == expected
-    assert [correct for _, correct in expected] == [True, False, False, True]
+@pytest.mark.parametrize('task, right, other', [
+    ('gsm8k', '18', 17.0),
+    ('code', 'def f(x): return 2 * x', dict(tests=['assert f(1) == 3'], entry_point='f', setup=''))])
+def test_a_batch_is_graded_in_its_order_each_completion_for_its_own_example(task, right, other):
+    examples = [EXAMPLES[task], dict(answer=other), EXAMPLES[task]]
+    grades = rewards.grade_all(task, [tagged(right), tagged(right), ''], examples)
+    assert [correct for _, correct in grades] == [True, False, False]
+    assert grades[0] == TASKS[task].grade(tagged(right), EXAMPLES[task])
 
 
 HOSTILE = {
@@ -389,6 +390,13 @@ def test_a_bad_row_is_dropped_and_counted_and_refused_only_alone(task, bad, tmp_
     with pytest.raises(ValueError, match='data.jsonl, row 1: ') as error:
         load_examples(task, write(tmp_path, 'data.jsonl', bad))
     assert '\n' not in str(error.value)
+
+
+def test_rows_that_no_task_wants_are_left_out_and_not_counted(tmp_path, capsys):
+    path = write(tmp_path, 'data.jsonl', dict(nums=[3, 4, 5, 6], target=18), GOOD_ROWS['countdown'])
+    assert len(load_examples('countdown', path)) == 1 and capsys.readouterr().err == ''
+    with pytest.raises(ValueError, match='data.jsonl: no rows'):
+        load_examples('countdown', write(tmp_path, 'data.jsonl', dict(nums=[1, 2], target=3)))
 
 
 @pytest.mark.parametrize('task, row, name', [

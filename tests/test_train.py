@@ -144,7 +144,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(out, monkeypatch, s
 
 
 def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(out):
-    folder = run(out, 'lora', '--lora_rank', '4', '--lora_targets', 'q_proj,up_proj')
+    folder = run(out, 'lora', '--lora_rank', '4', '--lora_targets', 'q_proj,up_proj',
+                 '--sft_lora_targets', 'q_proj,up_proj')
     for stage in ('sft', 'grpo'):
         layers = {name.rpartition('.')[0] for name in weights(folder / f'{stage}.pt')}
         assert layers == {f'blocks.{i}.{name}' for i in range(3) for name in ('q_proj', 'up_proj')}
@@ -246,7 +247,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(out):
         with pytest.raises(SystemExit, match='checkpoint.pt.new cannot be written.*--resume'):
             train.run([*SMALL, '--out', str(out), '--name', 'full', '--resume'])
         with pytest.raises(OSError, match='model.new cannot be written'):
-            train.save_model(str(folder / 'model'), *train.load('nano'))
+            train.save_model(str(folder / 'model'), *train.load('nano'), 'nano')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert (folder / 'checkpoint.pt').read_bytes() == kept and not (folder / 'model').exists()
@@ -264,7 +265,7 @@ class Bomb:
 def test_a_checkpoint_is_data_of_this_model_or_one_line(out, tmp_path):
     folder = stop(out, 'spoilt', 'save_checkpoint', 5)
     good = torch.load(folder / 'checkpoint.pt', weights_only=True)
-    shapes = {name: tensor[:1] for name, tensor in good['weights'].items()}
+    shapes = {**good['weights'], 'ln_f.weight': torch.ones(1)}               # would broadcast
     names = {'model.' + name: tensor for name, tensor in good['weights'].items()}
     bomb = Bomb(str(tmp_path / 'exploded'))
     for spoilt, says in ((shapes, 'another model'), (names, 'another model'),
@@ -299,7 +300,7 @@ def test_every_answer_stands_with_its_own_problem(files, monkeypatch):
     [problems] = train.test_sets(args, tokenizer).values()
     sizes = []
 
-    def repeat(model, tokenizer, prompts, sampling):
+    def repeat(model, tokenizer, prompts, sampling, prefill):
         sizes.append([len(prompt) for prompt in prompts])
         texts = [tokenizer.decode(prompt) for prompt in prompts]
         return None, torch.ones(len(prompts), 5), texts
@@ -439,3 +440,39 @@ def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(files, 
     args.max_prompt = 1
     with pytest.raises(ValueError, match='--max_prompt 1: raise it'):
         problems.draw(0)
+
+
+# ---- another beginning: instructions, prefill ----
+
+def test_prefill_is_prompt_that_is_never_masked_and_text_that_is_rewarded(out, monkeypatch):
+    seen, groups = [], []
+    grade_all, fixed_logps = rewards.grade_all, train.fixed_logps
+
+    def graded(task, texts, examples):
+        seen.extend(texts)
+        return grade_all(task, texts, examples)
+
+    def kept(model, reference, group, beta, batch):
+        groups.append(group)
+        return fixed_logps(model, reference, group, beta, batch)
+    monkeypatch.setattr(rewards, 'grade_all', graded)
+    monkeypatch.setattr(train, 'fixed_logps', kept)
+    folder = run(out, 'prefilled', '--stages', 'grpo', '--prefill', '<reasoning>',
+                 '--p_mask_prompt', '0.9')
+    prefill = nano_tokenizer()('<reasoning>')['input_ids']
+    texts = [text for text in seen if not text.startswith('<answer>\n12')]      # a constant answer
+    assert texts and all(text.startswith('<reasoning>') for text in texts)
+    for group in groups:
+        assert group.prompt_ids[0, -len(prefill):].tolist() == prefill
+        for mask in group.prompt_masks:
+            assert not mask[:, -len(prefill):].any() and mask.any()
+    assert rows(folder / 'samples.jsonl')[0]['completion'].startswith('<reasoning>')
+
+
+def test_instructions_of_a_file_replace_those_of_every_task(tmp_path):
+    (tmp_path / 'i.txt').write_text('Answer in tags.\n')
+    args = llada_args('--instructions', str(tmp_path / 'i.txt'))
+    tokenizer = nano_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    ids = train.encode(args, tokenizer, 'gsm8k', dict(question='1+1?'))
+    assert tokenizer.decode(ids) == 'Answer in tags.\n\n1+1?'
