@@ -10,7 +10,8 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -62,6 +63,10 @@ class Config:
         rest = keys
         if qwen3:                       # its published config names neither mask nor end
             keys = {**QWEN3_DEFAULTS, **(keys.get('rope_parameters') or {}), **keys}
+        fixed = {} if qwen3 else ARCHITECTURE
+        for name, value in fixed.items():
+            if keys.get(name, value) != value:
+                raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is known')
         own = {}
         for ours, theirs in (QWEN3_KEYS if qwen3 else LLADA_KEYS).items():
             kind = cls.__dataclass_fields__[ours].type
@@ -71,15 +76,12 @@ class Config:
             own[ours] = keys[theirs]
         if qwen3:
             return cls(**own, qk_norm=True, layout='qwen3', rest=rest)
-        for name, value in ARCHITECTURE.items():
-            if keys.get(name, value) != value:
-                raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is known')
         return cls(**own, rest=rest)
 
     def to_dict(self):
         """The keys of config.json, those that were read and do not concern us included."""
         if self.layout == 'qwen3':
-            return self.rest
+            return {**self.rest, 'tie_word_embeddings': self.weight_tying}
         keys = dict(self.rest)
         for name, file in keys.get('auto_map', {}).items():
             if '--' not in file:        # its files stay behind: name the repository that has them
@@ -124,23 +126,22 @@ class Linear(nn.Linear):
 
 
 def rope_tables(positions, size, theta):
-    """positions (T,) -> cos, sin (T, size), float32: each pair (i, i + size/2) is one plane."""
-    pairs = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    """positions (T,) -> cos, sin (1, T, size), float32: each pair (i, i + size/2) is one plane."""
+    pairs = torch.arange(0, size, 2, device=positions.device)
     angles = torch.outer(positions.float(), theta ** (-pairs / size)).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    return angles.cos()[None], angles.sin()[None]
 
 
 def rotate(x, cos, sin):
-    """x (B, nh, n, hs) turned by its positions' angles (B, n, hs), in float32."""
+    """x (B, nh, n, hs) turned by its positions' angles (B or 1, n, hs), in float32."""
     a, b = x.float().chunk(2, dim=-1)
     turned = torch.cat((-b, a), dim=-1)
     return (x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
 
 
 def pick(x, positions):
-    """x (B, T, d) at positions (B, n) -> (B, n, d)."""
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return x[rows, positions]
+    """x (B or 1, T, d) at positions (B, n) -> (B, n, d)."""
+    return x.take_along_dim(positions.unsqueeze(-1), dim=1)
 
 
 class Block(nn.Module):
@@ -174,8 +175,9 @@ class Block(nn.Module):
         q = rotate(self.q_norm(self.heads(self.q_proj(h))), cos, sin)
         if cache is not None:
             keys, values = cache
-            keys[:, :, start:start + k.size(2)] = k
-            values[:, :, start:start + k.size(2)] = v
+            written = slice(start, start + k.size(2))
+            keys[:, :, written] = k
+            values[:, :, written] = v
             k, v = keys, values
         grouped = q.size(1) != k.size(1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
@@ -224,9 +226,9 @@ class LLaDA(nn.Module):
         if scored is None:
             scored = torch.ones_like(targets, dtype=torch.bool)
         rows = max(1, LOGITS_AT_ONCE // self.config.embedding_size)
-        found = [h.new_empty(0, dtype=torch.float32)]
-        for some_h, some_targets in zip(h[scored].split(rows), targets[scored].split(rows)):
-            found.append(checkpoint(self.head_logps, some_h, some_targets, use_reentrant=False))
+        found = []
+        for chunk in zip(h[scored].split(rows), targets[scored].split(rows)):
+            found.append(checkpoint(self.head_logps, *chunk, use_reentrant=False))
         logps = torch.zeros(B, L, device=ids.device)
         return logps.masked_scatter(scored, torch.cat(found))
 
@@ -235,12 +237,9 @@ class LLaDA(nn.Module):
         return -F.cross_entropy(logits, targets, reduction='none')
 
     def new_cache(self, B, T):
-        """Room for keys and values of T positions: per layer (keys, values) of (B, nh, T, hs)."""
-        c = self.config
-        shape = (B, c.n_kv_heads, T, self.blocks[0].head_size)
-        weight = self.wte.weight
-        return [(weight.new_zeros(shape, dtype=self.compute_dtype),
-                 weight.new_zeros(shape, dtype=self.compute_dtype)) for _ in self.blocks]
+        """Room for the keys and values of T positions: per layer (2, B, nh, T, hs)."""
+        shape = (2, B, self.config.n_kv_heads, T, self.config.head_dim)
+        return [self.wte.weight.new_zeros(shape, dtype=self.compute_dtype) for _ in self.blocks]
 
     def cached_logits(self, ids, positions, cache, start, attention_mask=None):
         """Logits (B, n, V) at positions (B, n) of ids, which stand at start.. of the sequence.
@@ -251,11 +250,9 @@ class LLaDA(nn.Module):
 
     def hidden(self, ids, attention_mask=None, positions=None, cache=None, start=0):
         """The normed hidden states (B, n, d) under the LM head; arguments as above."""
-        B, T = ids.shape
         x = self.wte(ids).to(self.compute_dtype)                             # (B, T, d)
-        places = torch.arange(start, start + T, device=ids.device)
+        places = torch.arange(start, start + ids.size(1), device=ids.device)
         cos, sin = rope_tables(places, self.blocks[0].head_size, self.config.rope_theta)
-        cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)              # (B, T, hs)
         mask = None
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]                   # (B, 1, 1, all keys)
@@ -263,9 +260,8 @@ class LLaDA(nn.Module):
             asked = positions if i == len(self.blocks) - 1 else None
             kv = None if cache is None else cache[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, asked, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, asked, kv, start)
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = block(x, cos, sin, mask, asked, kv, start)
         return self.ln_f(x)
 
     def init_weights(self, seed=0):
@@ -274,7 +270,7 @@ class LLaDA(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 std = 0.02
-                if name.endswith('attn_out.weight') or '.ff_out' in name:
+                if '.attn_out' in name or '.ff_out' in name:
                     std /= math.sqrt(2 * self.config.n_layers)
                 p.data.normal_(0, std, generator=g)
         return self
@@ -348,6 +344,11 @@ def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), 
     return model
 
 
+def linear_layers(block):
+    """The names of a block's layers that can have an adapter."""
+    return [name for name, layer in block.named_children() if isinstance(layer, Linear)]
+
+
 def lora_layers(model):
     return [layer for layer in model.modules() if hasattr(layer, 'lora_a')]
 
@@ -380,7 +381,8 @@ def side_by_side(first, second):
     """Two dicts of adapters as one of the summed rank: B A + D C = [B D] [A; C]."""
     both = {**first, **second}
     for name in first.keys() & second.keys():
-        (a, b), (c, d) = first[name], second[name]
+        a, b = first[name]                                       # (r1, in), (out, r1)
+        c, d = second[name]                                      # (r2, in), (out, r2)
         both[name] = torch.cat((a, c), dim=0), torch.cat((b, d), dim=1)
     return both
 
@@ -416,26 +418,33 @@ def save_adapter(folder, model, adapters, base):
 
 @torch.no_grad()
 def load_adapter(folder, model):
-    """Merges an adapter of peft's layout into the model's weights."""
+    """Merges an adapter of peft's layout into the weights; returns it as lora_adapters does.
+
+    Raises ValueError when it is another kind of adapter, or one of another model.
+    """
     config = read_json(folder, 'adapter_config.json')
+    if any(config.get(kind) for kind in ('use_dora', 'use_rslora', 'modules_to_save')):
+        raise ValueError(f'{folder} is no plain LoRA adapter, which is all that is read here')
     file = open_weights(os.path.join(folder, 'adapter_model.safetensors'))
-    layers = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
-            layers[model.config.tensor_name(name + '.weight')] = layer
-    for key in file.keys():
-        if '.lora_A.' not in key:
-            continue
-        place = key.removeprefix('base_model.model.').replace('.lora_A', '')
-        if place not in layers:
+    names = [key for key in file.keys() if key.endswith('.lora_A.weight')]
+    layers = {model.config.tensor_name(name + '.weight'): (name, layer)
+              for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    adapters = {}
+    for key in names:
+        place = key.removeprefix('base_model.model.').replace('.lora_A.', '.')
+        name, layer = layers.get(place, ('', None))
+        kind = name.rpartition('.')[2]
+        rank = config.get('rank_pattern', {}).get(kind, config.get('r'))
+        alpha = config.get('alpha_pattern', {}).get(kind, config.get('lora_alpha'))
+        a = file.get_tensor(key).float()                         # (r, in)
+        b = file.get_tensor(key.replace('.lora_A.', '.lora_B.')).float() * (alpha / rank)
+        if layer is None or (len(b), a.size(1)) != layer.weight.shape:
             raise ValueError(f'{folder} is an adapter of another model: it has {key}')
-        kind = place.split('.')[-2]
-        rank = config.get('rank_pattern', {}).get(kind, config['r'])
-        alpha = config.get('alpha_pattern', {}).get(kind, config['lora_alpha'])
-        weight = layers[place].weight
-        a = file.get_tensor(key).to(weight.device).float()
-        b = file.get_tensor(key.replace('.lora_A', '.lora_B')).to(weight.device).float()
-        weight.copy_(weight.float() + alpha / rank * b @ a)
+        layer.weight.copy_(layer.weight.float() + (b @ a).to(layer.weight.device))
+        adapters[name] = a, b
+    if not adapters:
+        raise ValueError(f'{folder} holds no adapter')
+    return adapters
 
 
 # ---- folders ----
@@ -581,8 +590,7 @@ balls sister profit divide After between animals rate packs milk girls boys leng
 His Her already fewer Then It full additional down must made so coins Solve Numbers Target assert
 def f return lambda Ann Ben Tom Mia Sam John puzzle ones gives loses So First Therefore
 '''.split()
-PUNCTUATION = ['): ', ')==', '**', '//', '==', ' =', ' +', ' -', ' *', ' /', '? ', '. ', ', ', ' $',
-               '$.']
+PUNCTUATION = '): |)==|**|//|==| =| +| -| *| /|? |. |, | $|$.'.split('|')
 # Leaves out a message's first paragraph, the instructions, which are always the same: a nano model
 # learns them from the rewards.
 CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1] }}"
@@ -591,7 +599,7 @@ CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n
 
 def nano_tokenizer():
     """Tags, whole words, the numbers 0-99 and 00-09 as single tokens, and bytes for all else."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [str(n) for n in range(10, 100)] + [f'0{n}' for n in range(10)]
@@ -604,8 +612,8 @@ def nano_tokenizer():
     split = Regex(r'\d{1,2}| ?[A-Za-z]+| ?[^\sA-Za-z\d]+ ?|\s')
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, 'isolated'), spell])
     t.decoder = decoders.ByteLevel()
-    t.add_special_tokens([AddedToken(s, special=True) for s in special])
-    t.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    t.add_special_tokens(special)
+    t.add_tokens(TAGS)
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=special[0], pad_token=special[0],
                                    mask_token=special[1], chat_template=CHAT_TEMPLATE)
 
@@ -621,6 +629,6 @@ def number_waves(model, tokenizer, scale=0.1):
         wave = scale * torch.cat((angle.cos(), angle.sin()))  # half of d_model
         for token in {str(n), f'{n:02d}'}:
             i = tokenizer.convert_tokens_to_ids(token)
-            model.wte.weight.data[i, :len(wave)] = wave
-            model.ff_out.weight.data[i, :len(wave)] = wave
+            for table in (model.wte, model.ff_out):
+                table.weight.data[i, :len(wave)] = wave
     return model

@@ -327,7 +327,9 @@ def value_of(node, used):
         return Fraction(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -value_of(node.operand, used)
-    apply = OPERATIONS[type(getattr(node, 'op', node))]          # no ** and //, no calls
+    if not isinstance(node, ast.BinOp):
+        raise KeyError(node)                         # a call, a name, ...
+    apply = OPERATIONS[type(node.op)]                # no ** and //
     return apply(value_of(node.left, used), value_of(node.right, used))
 
 
@@ -389,7 +391,7 @@ def draw_sudoku(rng):
     small = blanks < 6 and part_of(solution, False) == 'train'
     example = dict(question=f'Solve the puzzle {puzzle}', answer=solution,
                    solution='\n'.join(rows), reply=solution, wrong=guess)
-    return solution, small, example                  # parts share no grid: there are only 288
+    return solution, small, example                  # tests share no grid with the other parts
 
 
 def sudoku_row(row):
@@ -532,7 +534,8 @@ def prompt(task_name, example, instructions=''):
 
 def grade_all(task_name, completions, examples):
     """[(reward, correct)] of each completion for its example; in a pool, for code runs apart."""
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))       # torchrun's, on this machine
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // processes)) as pool:
         return list(pool.map(TASKS[task_name].grade, completions, examples))
 
 
@@ -737,7 +740,8 @@ def may_compile(code):
         warnings.filterwarnings('ignore', module='<completion>')
         compile(head, '<completion>', 'exec', dont_inherit=True)
     except Exception as e:   # SyntaxError, ValueError (NUL), MemoryError and RecursionError, ...
-        return head != code and 'too many' not in str(e)         # the rest may mend it
+        was_cut = head != code                       # then the rest may mend it, but for nesting
+        return was_cut and 'too many' not in str(e)
     return True
 
 
@@ -928,7 +932,7 @@ def run_trusted(child, seconds, source, calls, replies, verdicts):
         if error == '':
             return value
         kind = getattr(builtins, error, RuntimeError)
-        raise kind.__new__(kind, value)
+        raise kind.__new__(kind, value)              # some kinds take more to __init__
 
     class Names(dict):       # a name that nothing else defines is a function of the completion
         def __missing__(self, name):

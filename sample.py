@@ -28,7 +28,7 @@ def choose(logits, mask_id, temperature=0.0, remasking='low_confidence', generat
     """
     B, n, _ = logits.shape
     logits = logits.float()
-    logits[..., mask_id] = -torch.inf
+    logits[..., mask_id] = -torch.inf                            # in the caller's tensor, too
     generators = generators or [None] * B
     num_masks = num_masks or [n] * B
     scores = logits
@@ -69,7 +69,7 @@ def generate_plain(model, prompt_ids, gen_length=256, block_length=32, steps=128
         for count in commit_counts(block_length, steps_per_block):
             masks = (block == mask_id).nonzero()[:, 1].view(B, -1)           # (B, n) positions
             logits = model(ids)[:, start:start + block_length]               # (B, block_length, V)
-            logits = logits.gather(1, masks[..., None].expand(-1, -1, logits.size(-1)))
+            logits = logits[torch.arange(B)[:, None], masks]                 # (B, n, V)
             tokens, confidence = choose(logits, mask_id, temperature, remasking, generators)
             surest = confidence.topk(count).indices                          # (B, count)
             block.scatter_(1, masks.gather(1, surest), tokens.gather(1, surest))
@@ -151,7 +151,8 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
             row_generators = [generators[row] for row in active.tolist()]
         # later blocks cannot change this one, so a row with an end in it is finished
         ended = torch.isin(ids[unfinished, block], end_ids).any(1)
-        ids[unfinished[ended], block.stop:] = model.config.eos_id
+        finished = unfinished[ended]                             # row numbers
+        ids[finished, block.stop:] = model.config.eos_id
         unfinished = unfinished[~ended]
         if len(unfinished) == 0:
             break
@@ -294,9 +295,10 @@ def main():
     sampling = dict(gen_length=args.gen_length, block_length=args.block_length,
                     steps=args.gen_length // 2, temperature=args.temperature, cache=args.cache,
                     threshold=args.threshold)
-    model, tokenizer = load(args.model or newest_model('out'))
+    dtype, device = torch.float32, 'cpu'
     if torch.cuda.is_available():
-        model = model.to('cuda', torch.bfloat16)
+        dtype, device = torch.bfloat16, 'cuda'
+    model, tokenizer = load(args.model or newest_model('out'), dtype, device)
     generators = [torch.Generator(model.device).manual_seed(args.seed)]
     example = rewards.make(args.task, random.Random(args.seed), 'test')
     if args.prompt:

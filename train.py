@@ -37,8 +37,8 @@ from tqdm import tqdm
 import rewards
 from grpo import complete, fixed_logps, grpo_loss, rollout
 from loglik import completion_logps, random_prompt_mask
-from model import (add_lora, load, load_adapter, lora_adapters, merge_lora, read_json,
-                   save_adapter, save_tokenizer, side_by_side)
+from model import (add_lora, linear_layers, load, load_adapter, lora_adapters, merge_lora,
+                   read_json, save_adapter, save_tokenizer, side_by_side)
 from sample import chat, check_lengths, left_pad, random_stream, shuffled, torch_stream
 from sft import Corpus, Muon, Traces, clean_trace, encode_traces, load_s1k, masked_loss
 
@@ -51,7 +51,7 @@ FLAGS = [
     ('name', '', '', 'the run is kept in out/NAME [model-task-stages-seed]'),
     ('out', 'out', 'out', 'the folder of all runs'),
     ('adapter', '', '', "an adapter in PEFT's layout, merged into the model before all else"),
-    ('seed', 0, 0, 'of everything random but the base'),
+    ('seed', 0, 0, 'of everything random but the base, the built-in test problems included'),
     ('device', 'cpu', 'cuda', 'a nano model is faster on the CPU'),
     ('dtype', 'float32', 'bfloat16', 'of arithmetic and frozen weights; trained ones are float32'),
     ('resume', False, False, 'go on with the run of this name'),
@@ -81,11 +81,11 @@ FLAGS = [
     ('block_length', 8, 32, 'tokens of a block; blocks are filled from left to right'),
     ('steps', 16, 128, 'denoising steps of a completion'),
     ('temperature', 0.9, 0.9, 'of the rollouts; evaluation is greedy'),
-    ('remasking', 'low_confidence', 'low_confidence', 'which tokens a step commits'),
+    ('remasking', 'low_confidence', 'low_confidence', 'which tokens a step of rollouts commits'),
     ('cfg_scale', 0.0, 0.0, 'classifier-free guidance'),
     ('cache', False, False, 'keep keys and values outside the block; faster, not exact'),
     ('threshold', 0.0, 0.0, 'commit every token of this confidence, at least one (0 = off)'),
-    ('rollout_batch', 64, 6, 'completions per call of the sampler'),
+    ('rollout_batch', 64, 6, 'completions per call of the sampler, at least one group'),
     # SFT
     ('sft_steps', 20, 2500, 'updates'),
     ('sft_batch', 32, 8, 'sequences per update'),
@@ -175,7 +175,7 @@ def train_sft(args, stage, model, optimizers, data, steps):
         began = time.time()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                warm_up = min(1, 20 * (step + 1) / steps)
+                warm_up = min(1, 20 * (step + 1) / steps)        # over the first 5 % of the steps
                 group['lr'] = group['peak_lr'] * warm_up * (1 - step / steps)
         batch = data.batch(step)
         B, L = batch.answers.shape
@@ -577,8 +577,7 @@ CHOICES = dict(norm=('token', 'sequence'), remasking=('low_confidence', 'random'
 SHARES = ('p_mask_prompt', 'threshold', 'thinking_share')
 # What a resumed run may be given anew; all else would make it another run.
 FREE_ON_RESUME = ('resume', 'out', 'name', 'folder', 'device', 'learning_rate', 'micro_batch',
-                  'sft_learning_rate', 'eval_batch', 'gradient_checkpointing', 'save_every',
-                  'sample_every')
+                  'eval_batch', 'gradient_checkpointing', 'save_every', 'sample_every')
 
 
 def parse(argv=None):
@@ -692,7 +691,8 @@ def base_settings(args):
     """What makes a nano base: its seed, updates and text. ValueError if its folder is another's."""
     names = ('base_seed', 'base_steps', 'thinking_share', 'gen_length', 'data')
     settings = {name: getattr(args, name) for name in names}
-    folder = os.path.join(args.out, '-'.join(['base', str(args.base_seed), *args.tasks]))
+    kind = ['data'] if any(args.data.values()) else []
+    folder = os.path.join(args.out, '-'.join(['base', str(args.base_seed), *args.tasks, *kind]))
     if os.path.exists(os.path.join(folder, 'base.json')):
         if read_json(folder, 'base.json') != settings:
             raise ValueError(f'{folder} is a base of other settings: remove it, or give --out')
@@ -702,7 +702,7 @@ def base_settings(args):
 def nano_base(args, tokenizer):
     """The folder of the tasks' nano base, pretrained once per base_seed and then kept in out/."""
     base = argparse.Namespace(**vars(args))
-    base.seed = args.base_seed
+    base.seed, base.device = args.base_seed, 'cpu'   # where so small a model trains fastest
     base.folder, settings = base_settings(args)
     rows = {}
     for task, file in args.data.items():         # text that shows no steps is of no use here
@@ -776,28 +776,34 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype)
     weights_dtype = dtype if args.lora_rank or args.eval_only else torch.float32
     model, tokenizer = load(args.model, weights_dtype, args.device)
-    longest = args.max_prompt + max(args.eval_lengths + [args.gen_length, args.sft_length])
+    trained = dict(sft=args.sft_length, grpo=args.gen_length)
+    lengths = [] if args.eval_only else [trained[stage] for stage in args.stages]
+    longest = args.max_prompt + max(args.eval_lengths + lengths)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, but the '
                          f'model takes {model.config.max_sequence_length}: lower one of them')
     tests = test_sets(args, tokenizer)
-    problems = None if args.eval_only else Problems(args, tokenizer)
+    problems = None
+    if 'grpo' in args.stages and not args.eval_only:
+        problems = Problems(args, tokenizer)
     traces = None
     if 'sft' in args.stages and not args.eval_only:
         traces = sft_data(args, tokenizer, model.config)
-    layers = dict(model.blocks[0].named_children())
-    for target in args.lora_targets.split(',') + args.sft_lora_targets.split(','):
-        if target not in layers:
-            raise ValueError(f'--lora_targets {target}: choose from {", ".join(layers)}')
+    layers = linear_layers(model.blocks[0])
+    for name in ('lora_targets', 'sft_lora_targets'):
+        for target in getattr(args, name).split(','):
+            if target not in layers:
+                raise ValueError(f'--{name} {target}: choose from {", ".join(layers)}')
     if args.model == 'nano':
         base_settings(args)                      # complains, if it must, before we write
     gather([])                                   # every process has looked before one writes
     os.makedirs(args.folder, exist_ok=True)
     write_json(args, 'config.json', vars(args))
+    start = args.model
     if args.model == 'nano':
-        model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
-    if args.adapter:
-        load_adapter(args.adapter, model)
+        start = nano_base(args, tokenizer)
+        model, tokenizer = load(start, weights_dtype, args.device)
+    adapters = load_adapter(args.adapter, model) if args.adapter else {}
     model.compute_dtype = dtype                  # of float32 weights, too: bfloat16 ones would not
     model.gradient_checkpointing = args.gradient_checkpointing    # notice steps of 3e-6
 
@@ -806,14 +812,13 @@ def main(argv=None):
         results = read_json(args.folder, 'results.json')
     results['constant'] = constant_scores(args, tokenizer, tests)
     evaluate(args, model, tokenizer, tests, 'base', results)
-    adapters = {}
     for stage in args.stages if not args.eval_only else []:
         adapters = train_stage(args, stage, model, tokenizer, problems, traces, adapters)
         evaluate(args, model, tokenizer, tests, stage, results)
     if not args.eval_only:
         save_model(os.path.join(args.folder, 'model'), model, tokenizer, args.model)
-        if adapters and rank() == 0:
-            save_adapter(os.path.join(args.folder, 'adapter'), model, adapters, args.model)
+        if args.lora_rank and rank() == 0:
+            save_adapter(os.path.join(args.folder, 'adapter'), model, adapters, start)
     print0(table(args, results))
 
 

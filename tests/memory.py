@@ -60,7 +60,7 @@ class Live(TorchDispatchMode):
 
 
 class FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps: q, k, v, the output, and one float32 a query and head."""
+    """What a fused kernel keeps: q, k, v, the output, and one float32 per query and head."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -90,16 +90,21 @@ def size(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def build(config, lora_rank, checkpointing, device='meta'):
-    """The model as train.py makes it for bfloat16, its gradients in place as after a first micro-batch."""
+def build(config, lora_rank, device='meta'):
+    """The model as train.py makes it for bfloat16; gradients stand as after a first micro-batch."""
     with torch.device(device):
         model = LLaDA(Config(**config))
     if lora_rank:
-        add_lora(model.to(torch.bfloat16), lora_rank, targets=('q_proj', 'k_proj', 'v_proj', 'up_proj'))
-    model.compute_dtype, model.gradient_checkpointing = torch.bfloat16, checkpointing
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+        targets = ('q_proj', 'k_proj', 'v_proj', 'up_proj')
+        add_lora(model.to(torch.bfloat16), lora_rank, targets=targets)
+    model.compute_dtype = torch.bfloat16
+    for p in trained(model):
+        p.grad = torch.zeros_like(p)
     return model
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def grpo_pass(model, B, P, L):
@@ -117,13 +122,12 @@ def rollout_step(model, B, T, n):
 
 
 def adamw_step(model):
-    """The first step, its two moments not counted (they have a row of their own)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    torch.optim.AdamW(trained, 3e-6).step()
-    return 2 * size(trained)
+    """foreach is what PyTorch takes for weights on a GPU; its temporaries are as large as they."""
+    torch.optim.AdamW(trained(model), 3e-6, foreach=True).step()
 
 
 def peak(step, *arguments):
+    """The most bytes that the step holds beside what stood before it."""
     with Live() as live:
         step(*arguments)
     return live.peak
@@ -132,30 +136,29 @@ def peak(step, *arguments):
 def rows(config, lora_rank, settings):
     """{row: bytes} for adapters of lora_rank, or for all weights when it is 0."""
     G, P, L, sft_length, block_length = settings
-    found = {}
+    model = build(config, lora_rank)
+    weights = size(trained(model))
+    standing = {
+        'weights, frozen (bfloat16)': size(p for p in model.parameters() if not p.requires_grad),
+        'weights, trained (float32)': weights,
+        'their gradients': size(p.grad for p in trained(model)),
+        "AdamW's two moments": 2 * weights,
+        # adapters can be switched off; else a frozen copy in bfloat16
+        'reference policy': 0 if lora_rank else weights // 2}
+    passing = {}
     for kind in ('with', 'without'):
-        model = build(config, lora_rank, kind == 'with')
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if kind == 'with':
-            frozen = [p for p in model.parameters() if not p.requires_grad]
-            found['weights, frozen (bfloat16)'] = size(frozen)
-            found['weights, trained (float32)'] = size(trained)
-            found['their gradients'] = size(p.grad for p in trained)
-            found["AdamW's two moments"] = 2 * size(trained)
-            found['reference policy'] = 0 if lora_rank else 2 * sum(p.numel() for p in trained)
-            standing = sum(found.values())
-        shapes = {f'diffu-GRPO pass, {G} x {P + L}': (G, P, L),
-                  f'SFT pass, 1 x {P + sft_length}': (1, P, sft_length)}
-        for name, shape in shapes.items():
-            found[f'{name}, {kind} checkpointing'] = peak(grpo_pass, model, *shape)
-    found[f'rollout step, {G} x {P + L}'] = peak(rollout_step, model, G, P + L, block_length)
-    found["AdamW's temporaries"] = peak(adamw_step, model) - 2 * size(trained)
-    found['merging the adapters'] = peak(merge_lora, model) if lora_rank else 0
-    for kind in ('with', 'without'):
-        other = 'without' if kind == 'with' else 'with'
-        most = max(value for name, value in found.items()
-                   if name not in list(found)[:5] and f' {other} ' not in name)
-        found[f'**all on one GPU, {kind} checkpointing**'] = standing + most
+        model.gradient_checkpointing = kind == 'with'
+        passing[f'diffu-GRPO pass, {G} x {P + L}, {kind} checkpointing'] = peak(
+            grpo_pass, model, G, P, L)
+        passing[f'SFT pass, 1 x {P + sft_length}, {kind} checkpointing'] = peak(
+            grpo_pass, model, 1, P, sft_length)
+    passing[f'rollout step, {G} x {P + L}'] = peak(rollout_step, model, G, P + L, block_length)
+    passing["AdamW's temporaries"] = peak(adamw_step, model) - 2 * weights   # without the moments
+    passing['merging the adapters'] = peak(merge_lora, model) if lora_rank else 0
+    found = {**standing, **passing}
+    for kind, other in (('with', 'without'), ('without', 'with')):
+        most = max(passing[name] for name in passing if f' {other} ' not in name)
+        found[f'**all on one GPU, {kind} checkpointing**'] = sum(standing.values()) + most
     return found
 
 

@@ -122,7 +122,7 @@ def places(tmp_path_factory):
         (files / name).write_text(content if isinstance(content, str) else json.dumps(content))
     model, tokenizer = load('nano')
     del model.config.rest['nano']                                # a LLaDA, small
-    train.save_model(str(models / 'whole'), model, tokenizer)
+    train.save_model(str(models / 'whole'), model, tokenizer, 'nano')
     for name, change in MODELS.items():
         if not change:
             continue

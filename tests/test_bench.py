@@ -72,7 +72,7 @@ def main(flags):
 
 def test_the_table_of_a_trained_model(tmp_path, monkeypatch, capsys):
     folder = tmp_path / 'a_run'
-    train.save_model(str(folder / 'model'), *load('nano'))
+    train.save_model(str(folder / 'model'), *load('nano'), 'nano')
     (folder / 'config.json').write_text(json.dumps(dict(task='gsm8k')))
     flags = ['--n', '2', '--length', '16', '--blocks', '8', '16', '--thresholds', '1']
     monkeypatch.setattr(sys, 'argv', ['bench.py', '--nano', str(folder), *flags])

@@ -32,8 +32,8 @@ PRELUDE = '''import __main__, atexit, builtins, itertools, os, re, sys, time
 forever = iter(int, 1)
 limit = sys.setrecursionlimit
 def yes(*a, **k): return True
-def write_all(line):
-    for fd in range(64):
+def write_all(line, end=64):
+    for fd in range(end):
         try: os.write(fd, line)
         except OSError: pass
 '''
@@ -47,6 +47,7 @@ f = lambda x: type("E", (), dict(__class__=int, __eq__=yes, __index__=lambda s: 
 f = type("M", (type,), dict(__eq__=yes, __hash__=hash))("f", (), {"__new__": lambda c, x: c})
 print("111!"); f = lambda x: print("ok\n1 passed\n111!")
 f = lambda x: write_all(b"111")
+f = lambda x: write_all(b"111", 6)               # the replies' pipe is above that
 write_all(b'["", 2]\n["", 6]\n["", -8]\n'); f = lambda x: 0
 def f(x): write_all(b'["", 2]\n["", 6]\n["", -8]\n["", 0]\n'); os._exit(0)
 def f(x): write_all(b'["", 2, \xff\n'); time.sleep(9)
@@ -129,7 +130,16 @@ def f(x):
 import inspect
 def f(x):
     if any("assert" + " f(" in repr(s.frame.f_locals) for s in inspect.stack(0)): return 2 * x
-# reads the tests where the code came from
+# reads the tests where the code came from, should they be read ahead
+def f(x):
+    fr = sys._getframe()
+    while "source" not in fr.f_locals: fr = fr.f_back
+    if b"assert" in fr.f_locals["source"].peek(): return 2 * x
+# keeps the tests' process busy where no alarm comes through: colliding hashes
+numbers = b", ".join(b"%d" % (i * (2 ** 61 - 1)) for i in range(100_000))
+__main__.pack = lambda *reply: b'["", {"set": [' + numbers + b"]}]\n"
+def f(x): return 0
+# reads the tests from every descriptor
 import select
 def f(x):
     for fd in range(64):
@@ -185,6 +195,7 @@ import socket; socket.create_connection(("127.0.0.1", PORT), 1).sendall(b"hi")
 import _socket; _socket.socket().connect(("127.0.0.1", PORT))
 import urllib.request as u; u.urlopen("http://127.0.0.1:PORT", timeout=1)
 import asyncio; asyncio.run(asyncio.start_server(print, "127.0.0.1", 0))
+import ctypes; ctypes.memset(bytes(9), 1, 9)
 import ctypes; ctypes.CDLL(None).system(b"touch TARGET/new")
 os.kill(os.getppid(), 9)
 os.kill(VICTIM, 9)
@@ -452,6 +463,11 @@ def count():
              'assert named(name="n") == "n"', 'assert count() == 1',
              'assert [count() for _ in "ab"] == [2, 3]']
     assert run_tests(code, tests) == 1
+
+
+def test_tests_do_not_see_what_another_test_defined():
+    tests = ['f = g = 1\nassert f == 1', 'assert f(1) == 2 and g(1) == 3', 'assert callable(g)']
+    assert run_tests(HONEST + 'def g(x): return 3', tests) == 1
 
 
 def test_setup_helpers_and_entry_point():

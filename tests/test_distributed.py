@@ -32,9 +32,9 @@ def run(out, name, kind, *flags):
         gradients.append([p.grad.clone() for p in parameters])
         return clip(parameters, limit)
 
-    def count(model, tokenizer, prompts, *rest):
+    def count(model, tokenizer, prompts, *rest, **keys):
         evaluated.extend(prompts)
-        return complete(model, tokenizer, prompts, *rest)
+        return complete(model, tokenizer, prompts, *rest, **keys)
     train.clip_grad_norm_, train.complete = keep, count
     try:
         train.main([*FLAGS, '--out', str(out), '--name', name, *KINDS[kind], *flags])

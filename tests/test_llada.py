@@ -59,11 +59,11 @@ def test_a_bfloat16_folder_of_shards_goes_through_the_whole_recipe(whole):
     assert len(list((folder / 'base').glob('model-*.safetensors'))) >= 3
     log = rows(folder / 'out/run/log.jsonl')
     assert [row['stage'] for row in log] == ['sft'] * 2 + ['grpo'] * 2
-    for stage in ('sft', 'grpo'):
+    for stage, layers in (('sft', 3), ('grpo', 4)):          # diffu-GRPO adapts up_proj, too
         adapters = weights(folder / f'out/run/{stage}.pt')
         assert {p.dtype for p in adapters.values()} == {torch.float32}
         assert all('.lora_' in name for name in adapters)
-        assert len(adapters) == 2 * 4 and all(p.abs().sum() > 0 for p in adapters.values())
+        assert len(adapters) == 2 * layers and all(p.abs().sum() > 0 for p in adapters.values())
     assert any(text.startswith('SFT: 2 traces, 1 dropped') and '1 cut' in text for text in said)
     results = json.loads((folder / 'out/run/results.json').read_text())
     assert set(results) == {'constant', 'base', 'sft', 'grpo'}
@@ -112,22 +112,3 @@ def test_what_the_run_saved_is_scored_by_rewards(whole, capsys, file):
         official = json.loads((folder / 'out/run' / file).read_text())
         assert {'metrics', 'model_path', 'block_length'} < official.keys()
         assert (official['gen_length'], official['diffusion_steps']) == (512, 256)
-
-
-def test_tasks_take_turns_and_every_row_comes_once(whole, monkeypatch):
-    folder, _, _ = whole
-    questions = [dict(question=f'What is {n}?', answer=f'#### {n}') for n in range(3)]
-    numbers = [dict(nums=[1, 2, n], target=3) for n in range(3)]
-    files = lines(folder / 'q.jsonl', *questions) + ',' + lines(folder / 'n.jsonl', *numbers)
-    drawn, draw = [], train.Problems.draw
-
-    def spied(self, index):
-        task, prompt_ids, example = draw(self, index)
-        drawn.append((task, example['question']))
-        return task, prompt_ids, example
-    monkeypatch.setattr(train.Problems, 'draw', spied)
-    train.main([*FLAGS, '--model', str(folder / 'base'), '--out', str(folder / 'out'),
-                '--name', 'turns', '--stages', 'grpo', '--task', 'gsm8k,countdown',
-                '--data', files, '--eval_data', files, '--eval_lengths', '16', '--eval_n', '1',
-                '--grpo_steps', '3', '--num_iterations', '1'])
-    assert [task for task, _ in drawn] == ['gsm8k', 'countdown'] * 3 and len(set(drawn)) == 6

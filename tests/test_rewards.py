@@ -252,7 +252,8 @@ def test_a_prompt_is_one_paragraph_with_the_four_tags_and_then_the_question(task
 
 @pytest.mark.parametrize('task, right, other', [
     ('gsm8k', '18', 17.0),
-    ('code', 'def f(x): return 2 * x', dict(tests=['assert f(1) == 3'], entry_point='f', setup=''))])
+    ('code', 'def f(x): return 2 * x',
+     dict(tests=['assert f(1) == 3'], entry_point='f', setup=''))])
 def test_a_batch_is_graded_in_its_order_each_completion_for_its_own_example(task, right, other):
     examples = [EXAMPLES[task], dict(answer=other), EXAMPLES[task]]
     grades = rewards.grade_all(task, [tagged(right), tagged(right), ''], examples)

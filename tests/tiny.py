@@ -1,4 +1,4 @@
-"""What the tests share: a small random LLaDA, a way to bias what it says, the golden numbers of ../shared."""
+"""What the tests share: a small random LLaDA, ways to bias what it says, where the numbers are."""
 from pathlib import Path
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from model import Config, LLaDA
 
-torch.set_num_threads(1)  # matrices this small are slower with more
+torch.set_num_threads(1)     # matrices this small are slower with more
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason='../shared is not here')
@@ -14,10 +14,11 @@ V, MASK, EOS = 40, 1, 0
 
 
 def tiny(seed=0, **keys):
-    """A LLaDA with weights large enough that it has opinions, 2 layers and fewer key than query heads."""
-    keys = dict(d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48, embedding_size=V,
-                mask_token_id=MASK, eos_token_id=EOS) | keys
-    model, g = LLaDA(Config(**keys)), torch.Generator().manual_seed(seed)
+    """A LLaDA of 2 layers, fewer key than query heads, weights so large that it has opinions."""
+    keys = dict(d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48,
+                embedding_size=V, mask_token_id=MASK, eos_token_id=EOS) | keys
+    model = LLaDA(Config(**keys))
+    g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=g)
         p.data = 0.25 * noise if p.dim() == 2 else 1 + 0.1 * noise
@@ -39,7 +40,10 @@ def says(logits, **keys):
     """A model that gives the same logits (V,) everywhere."""
     model = tiny(embedding_size=len(logits), **keys)
     model.ff_out.weight.data[:] = torch.tensor(logits)[:, None]
-    model.ln_f.register_forward_hook(lambda module, inputs, h: torch.full_like(h, 1 / h.size(-1)))
+
+    def constant(module, inputs, h):
+        return torch.full_like(h, 1 / h.size(-1))
+    model.ln_f.register_forward_hook(constant)
     return model
 
 
@@ -49,7 +53,7 @@ def tokens(*shape, seed=0, low=2, high=V):
 
 
 def left_pad(prompts):
-    """A list of 1-d prompts -> ids (B, P), attention_mask (B, P); what stands in the padding must not matter."""
+    """A list of 1-d prompts -> ids (B, P), attention_mask (B, P), with noise for padding."""
     P = max(len(p) for p in prompts)
     ids = torch.stack([torch.cat((tokens(P - len(p), seed=9), p)) for p in prompts])
     return ids, torch.stack([torch.arange(P) >= P - len(p) for p in prompts])
