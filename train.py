@@ -170,6 +170,9 @@ def train_sft(args, stage, model, optimizers, data, steps):
 
     data.batch(step) is the same Batch on every process; each takes every world-th row of it.
     """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['peak_lr'] = group['lr']
     start = load_checkpoint(args, stage, model, optimizers)
     for step in progress_bar(stage, start, steps):
         began = time.time()
@@ -203,9 +206,7 @@ def train_sft(args, stage, model, optimizers, data, steps):
 
 def adamw(model, learning_rate, weight_decay):
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, (0.9, 0.99), weight_decay=weight_decay)
-    optimizer.param_groups[0]['peak_lr'] = learning_rate
-    return optimizer
+    return torch.optim.AdamW(trained, learning_rate, (0.9, 0.99), weight_decay=weight_decay)
 
 
 def reference_policy(args, model):
@@ -718,11 +719,11 @@ def nano_base(args, tokenizer):
                f'weights, kept in {folder}')
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         others = [p for name, p in model.named_parameters() if p.dim() < 2 or 'blocks' not in name]
-        muon, adam = Muon(matrices), torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.0)
-        muon.param_groups[0]['peak_lr'], adam.param_groups[0]['peak_lr'] = 0.02, 4e-3
+        optimizers = [Muon(matrices),
+                      torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.0)]
         corpus = Corpus(rows, tokenizer, base.seed, base.base_steps, base.thinking_share,
                         base.gen_length, model.config)
-        train_sft(base, 'base', model, [muon, adam], corpus, base.base_steps)
+        train_sft(base, 'base', model, optimizers, corpus, base.base_steps)
         save_model(folder, model, tokenizer, 'nano')
     gather([])                                   # all wait for process 0
     return folder

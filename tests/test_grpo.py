@@ -443,3 +443,21 @@ def test_an_update_that_is_not_finite_is_skipped_and_training_goes_on(monkeypatc
     assert [line['bad_updates'] for line in run.log] == [3, 0]
     assert all(p.isfinite().all() for p in run.model.parameters())
     assert min(run.moved()) > 0
+
+
+def test_the_defaults_are_d1s():
+    arguments = case()
+    expected = grpo_loss(*arguments, epsilon=0.5, beta=0.04, norm='token')
+    found = grpo_loss(*arguments)
+    assert found[0].item() == expected[0].item() and found[1] == expected[1]
+    for other in (dict(epsilon=0.3), dict(beta=0.08), dict(norm='sequence')):
+        assert grpo_loss(*arguments, **other)[0].item() != expected[0].item(), other
+
+
+@pytest.mark.parametrize('advantage, high, low', [(0.5, 1, 0), (-0.5, 0, 1), (0.0, 0, 0)])
+def test_only_a_cut_gradient_counts_as_clipped(advantage, high, low):
+    for ratio, name, expected in ((1.6, 'clip_high', high), (0.4, 'clip_low', low)):
+        logps = torch.tensor([[math.log(ratio)]])
+        _, stats = grpo_loss(logps, torch.zeros(1, 1), None, torch.tensor([advantage]),
+                             torch.ones(1, 1), beta=0)
+        assert stats[name] == expected

@@ -103,3 +103,10 @@ def test_the_prompt_mask_comes_from_its_generator_only():
     state = torch.random.get_rng_state()
     assert torch.equal(masked(0), masked(0)) and not torch.equal(masked(0), masked(1))
     assert torch.equal(torch.random.get_rng_state(), state), 'the official code reseeds everybody'
+
+
+def test_the_given_beginning_of_an_answer_is_never_masked():
+    prompt_ids, g = tokens(50, 20), torch.Generator().manual_seed(0)
+    prompt_mask = random_prompt_mask(prompt_ids, 1.0, g, num_prefill=3)
+    assert prompt_mask[:, :17].all() and not prompt_mask[:, 17:].any()
+    assert random_prompt_mask(prompt_ids, 1.0, g).all()

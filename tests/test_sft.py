@@ -105,8 +105,7 @@ class Fixed:
 class Recorder(torch.optim.SGD):
     """Leaves the weights alone; keeps the gradients and the learning rate of every update."""
     def __init__(self, model):
-        super().__init__(model.parameters(), lr=7.0)
-        self.param_groups[0]['peak_lr'] = 2.0
+        super().__init__(model.parameters(), lr=2.0)
         self.gradients, self.rates = [], []
 
     def step(self):
