@@ -226,9 +226,12 @@ class LLaDA(nn.Module):
         if scored is None:
             scored = torch.ones_like(targets, dtype=torch.bool)
         rows = max(1, LOGITS_AT_ONCE // self.config.embedding_size)
+        head_logps = self.head_logps
+        if torch.is_grad_enabled():
+            head_logps = partial(checkpoint, self.head_logps, use_reentrant=False)
         found = []
         for chunk in zip(h[scored].split(rows), targets[scored].split(rows)):
-            found.append(checkpoint(self.head_logps, *chunk, use_reentrant=False))
+            found.append(head_logps(*chunk))
         logps = torch.zeros(B, L, device=ids.device)
         return logps.masked_scatter(scored, torch.cat(found))
 
