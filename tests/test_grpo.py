@@ -461,3 +461,11 @@ def test_only_a_cut_gradient_counts_as_clipped(advantage, high, low):
         _, stats = grpo_loss(logps, torch.zeros(1, 1), None, torch.tensor([advantage]),
                              torch.ones(1, 1), beta=0)
         assert stats[name] == expected
+
+
+def test_weight_decay_is_that_of_the_flag(monkeypatch, tmp_path):
+    put_reward(monkeypatch, lambda text, example: 1.0)           # no gradient: decay alone
+    run = Trained(monkeypatch, tmp_path, '--beta', '0', '--weight_decay', '0.5',
+                  '--learning_rate', '0.1', record=False)
+    for p, start in zip(run.model.parameters(), run.start.parameters()):
+        torch.testing.assert_close(p, start * 0.95 ** 6, atol=1e-6, rtol=1e-5)
