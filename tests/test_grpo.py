@@ -469,3 +469,22 @@ def test_weight_decay_is_that_of_the_flag(monkeypatch, tmp_path):
                   '--learning_rate', '0.1', record=False)
     for p, start in zip(run.model.parameters(), run.start.parameters()):
         torch.testing.assert_close(p, start * 0.95 ** 6, atol=1e-6, rtol=1e-5)
+
+
+def test_the_seed_reaches_rollouts_and_masks(monkeypatch, tmp_path):
+    put_reward(monkeypatch, varied)
+    first, second = tmp_path / 'a', tmp_path / 'b'
+    first.mkdir()
+    second.mkdir()
+    one = Trained(monkeypatch, first)
+    other = Trained(monkeypatch, second, '--seed', '1')
+    for a, b in zip(one.groups, other.groups):                   # of the same prompts
+        assert torch.equal(a.prompt_ids, b.prompt_ids)
+        assert not torch.equal(a.completion_ids, b.completion_ids)
+        assert not torch.equal(a.prompt_masks[0], b.prompt_masks[0])
+
+
+def test_a_call_of_the_sampler_takes_at_least_one_group(monkeypatch, tmp_path):
+    put_reward(monkeypatch, varied)
+    run = Trained(monkeypatch, tmp_path, '--rollout_batch', '1')
+    assert [n for n, _ in run.calls] == [1, 1, 1, 1]
