@@ -87,7 +87,9 @@ def test_the_recipe_leaves_all_its_files(out):
     stages = ['sft'] * 3 + ['grpo'] * 3
     assert [(row['stage'], row['step']) for row in log] == list(zip(stages, [0, 1, 2] * 2))
     assert all(row['first_ratio'] == 1 and row['bad_updates'] == 0 for row in log[3:])
-    assert [row['step'] for row in rows(out / 'whole' / 'samples.jsonl')] == [0, 1, 2]
+    samples = rows(out / 'whole' / 'samples.jsonl')
+    assert [row['step'] for row in samples] == [0, 1, 2]
+    assert len({row['question'] for row in samples}) == 3, 'new problems in each iteration'
     assert list(results(out / 'whole')) == ['constant', 'base', 'sft', 'grpo']
     assert results(out / 'whole')['grpo']['gsm8k']['16']['n'] == 3
     assert equal(saved_model(out / 'whole'), weights(out / 'whole' / 'grpo.pt'))
@@ -101,6 +103,8 @@ def test_the_seed_makes_the_run_and_one_base_serves_all_seeds(out, monkeypatch):
     other = run(out, 'other', '--seed', '1')
     for a, b in zip(rows(other / 'log.jsonl'), rows(out / 'whole' / 'log.jsonl'), strict=True):
         assert a['loss'] != b['loss']
+    for a, b in zip(rows(other / 'samples.jsonl'), rows(out / 'whole' / 'samples.jsonl')):
+        assert a['question'] != b['question']
 
 
 def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
