@@ -90,7 +90,6 @@ def complete(model, tokenizer, prompts, sampling, generators=None, prefill=''):
     sampling: generate's knobs, a dict; generators: one per row; prefill: the text that the prompts
     end in and that belongs to the answer.
     """
-    model.eval()
     prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
     completion_ids = generate(model, prompt_ids, attention_mask=attention_mask,
                               generators=generators, **sampling)
@@ -131,7 +130,6 @@ def fixed_logps(model, reference, group, beta, batch):
     model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
     itself, whose adapters are off here; it is not asked when beta is 0. batch: rows at once.
     """
-    model.eval()
     mu = len(group.prompt_masks)
     prompt_masks = torch.cat(group.prompt_masks)                 # (mu*G, P)
 
