@@ -163,8 +163,8 @@ def add_base_noise(answers, mask_id, generator=None, width=8):
     _, masked, _ = add_noise(answers, mask_id, generator, t_min=0.3)
     first = torch.rand((B, 1), device=answers.device, generator=generator) * (L + width) - width
     jitter = width * torch.rand((B, L), device=answers.device, generator=generator)
-    behind = torch.arange(L, device=answers.device) > first + jitter
-    masked[1::2] = behind[1::2]
+    after_place = torch.arange(L, device=answers.device) > first + jitter
+    masked[1::2] = after_place[1::2]
     return answers.masked_fill(masked, mask_id), masked
 
 

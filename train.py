@@ -13,7 +13,7 @@ Departures from the paper (P) and the official code (C), on purpose:
  2. Random numbers come from generators keyed by seed, step, prompt and row. C's masking reseeds
     the global generator, which leaves its rollouts 4096 different noises.
  3. The noise of the sampler is float32, not bfloat16, and the mask can never be sampled.
- 4. Old log-probs are taken without LoRA dropout (there is none), so the first ratio is 1.
+ 4. There is no LoRA dropout. C's is on while old log-probs are taken: its first ratio is not 1.
  5. beta > 0 works with mu = 1. Prompts padded on the left are masked out of the attention.
  6. Training and evaluation share one prompt. Prompts that are too long are skipped, not cut.
  7. norm 'token' is C's loss, norm 'sequence' is P's equation 4.

@@ -19,7 +19,8 @@ RESULTS = os.path.join(ROOT, 'assets', 'results', 'nano.jsonl')
 TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
 ALL = ','.join(TASKS)
 KINDS = {                        # name -> flags of train.py
-    'made': ['--eval_only', '--prefill', '<reasoning>'],         # the base made to think
+    # the base made to think; with the line end, for the nano tokenizer has both as one token
+    'made': ['--eval_only', '--prefill', '<reasoning>\n'],
     'grpo': ['--stages', 'grpo'],
     'd1': ['--stages', 'sft,grpo'],
 }
