@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 import torch
 
 import rewards
-from loglik import completion_logps
+from loglik import View, completion_logps
 from model import lora_off
 from sample import generate, left_pad, torch_stream
 
 
-def group_advantages(rewards, num_generations):
-    """rewards (N*G,) -> (N*G,): each minus its group's mean, not divided by the std (d1, eq. 2)."""
+def group_advantages(rewards, num_generations, divide_by_std=False):
+    """rewards (N*G,) -> (N*G,): each minus its group's mean (d1, eq. 2); GRPO has the std, too."""
     groups = rewards.view(-1, num_generations)                   # (N, G)
-    return (groups - groups.mean(dim=1, keepdim=True)).flatten()
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
+    return advantages.flatten()
 
 
 def completion_mask(completion_ids, end_ids):
@@ -30,12 +33,13 @@ def completion_mask(completion_ids, end_ids):
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04,
-              norm='token'):
+              norm='token', kl_estimate='k3'):
     """The diffu-GRPO loss of a micro-batch, a scalar, and its statistics (d1, eq. 4).
 
     logps, old_logps, ref_logps (B, L) under the same prompt mask (ref_logps may be None if beta
     is 0), advantages (B,), completion_mask (B, L). norm: 'token' = one mean over all tokens, as
     the official code does; 'sequence' = the mean of each sequence's mean, as in the equation.
+    kl_estimate: 'k3' is theirs; 'k2' is half the squared difference, without k3's heavy tail.
     """
     mask = completion_mask.float()
     outside = ~completion_mask.bool()
@@ -50,6 +54,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     if beta:
         difference = (ref_logps - logps).masked_fill(outside, 0).clamp(max=80)
         kl = difference.exp() - difference - 1                   # k3 estimate, never negative
+        if kl_estimate == 'k2':
+            kl = difference.square() / 2
 
     # the clip cuts the gradient only where the clipped branch is the smaller one
     clip_high = (ratio > 1 + epsilon) & (A > 0)
@@ -67,6 +73,63 @@ def masked_mean(values, mask, norm):
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+# ---- other losses: the same arguments, the same statistics ----
+
+def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04):
+    """One ratio per sequence, of the mean log-prob per token, clipped (ESPO, arXiv 2512.03759).
+
+    A sequence goes up or down as a whole. The KL is the k2 estimate of the same means.
+    """
+    lengths = completion_mask.sum(1)                             # (B,)
+    log_ratio = ((logps - old_logps) * completion_mask).sum(1) / lengths
+    ratio = log_ratio.clamp(max=80).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    kl = torch.zeros_like(ratio)
+    if beta:
+        kl = (((logps - ref_logps) * completion_mask).sum(1) / lengths).square() / 2
+    loss = (beta * kl - objective).mean()
+    clip_high = (ratio > 1 + epsilon) & (advantages > 0)
+    clip_low = (ratio < 1 - epsilon) & (advantages < 0)
+    stats = dict(ratio=ratio, clip_high=clip_high.float(), clip_low=clip_low.float(), kl=kl)
+    return loss, {name: value.mean().item() for name, value in stats.items()}
+
+
+def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04):
+    """Ratios that are always clipped, and divided by their sum (StableDRL, arXiv 2603.06743).
+
+    grpo_loss lets a ratio through unclipped where A < 0, however large its noise has made it.
+    """
+    loss, stats = grpo_loss(logps, old_logps, ref_logps, 0 * advantages, completion_mask, epsilon,
+                            beta)                                # the KL term alone
+    log_ratio = (logps - old_logps).masked_fill(~completion_mask.bool(), 0)
+    ratio = log_ratio.clamp(max=80).exp().clamp(1 - epsilon, 1 + epsilon) * completion_mask
+    return loss - (ratio * advantages.unsqueeze(1)).sum() / ratio.sum(), stats
+
+
+def wd1_loss(logps, advantages, completion_mask):
+    """Weighted log-likelihoods without a ratio, so without other policies (wd1, arXiv 2507.08838).
+
+    -sum softmax(A) log p + sum softmax(-A) log p over the group, log p as a mean per token.
+    """
+    sequence_logps = (logps * completion_mask).sum(1) / completion_mask.sum(1)
+    weights = advantages.softmax(0) - (-advantages).softmax(0)
+    return -(weights * sequence_logps).sum(), dict(ratio=1.0, clip_high=0.0, clip_low=0.0, kl=0.0)
+
+
+def policy_loss(logps, old_logps, ref_logps, advantages, completion_mask, kind, epsilon, beta, norm,
+                kl_estimate):
+    """The loss of this kind and its statistics; arguments as in grpo_loss."""
+    if kind == 'wd1':
+        return wd1_loss(logps, advantages, completion_mask)
+    tensors = logps, old_logps, ref_logps, advantages, completion_mask
+    if kind == 'espo':
+        return espo_loss(*tensors, epsilon, beta)
+    if kind == 'stable':
+        return stable_loss(*tensors, epsilon, beta)
+    return grpo_loss(*tensors, epsilon, beta, norm, kl_estimate)
+
+
 @dataclass
 class Group:
     """One prompt's completions, a micro-batch of G rows, and all that its updates need."""
@@ -76,30 +139,34 @@ class Group:
     prompt_ids: torch.Tensor                                     # (G, P), all rows equal
     completion_ids: torch.Tensor                                 # (G, L)
     completion_mask: torch.Tensor                                # (G, L), True up to the end
+    order: torch.Tensor                                          # (G, L), each token's step
     texts: list                                                  # the completions, decoded
     rewards: torch.Tensor                                        # (G,)
     advantages: torch.Tensor                                     # (G,)
     prompt_masks: list = field(default_factory=list)             # mu times (G, P)
+    views: list = field(default_factory=list)                    # mu times the estimator's views
     old_logps: list = field(default_factory=list)                # mu times (G, L)
     ref_logps: list = field(default_factory=list)                # mu times (G, L), or None
 
 
 def complete(model, tokenizer, prompts, sampling, generators=None, prefill=''):
-    """Completions of prompts (lists of ids): ids (B, L), completion_mask (B, L), texts.
+    """Completions of prompts (lists of ids): ids, completion_mask, order, all (B, L), and texts.
 
     sampling: generate's knobs, a dict; generators: one per row; prefill: the text that the prompts
     end in and that belongs to the answer.
     """
     prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
+    order = prompt_ids.new_zeros(len(prompts), sampling['gen_length'])       # step of each token
     completion_ids = generate(model, prompt_ids, attention_mask=attention_mask,
-                              generators=generators, **sampling)
+                              generators=generators, order=order, **sampling)
     mask = completion_mask(completion_ids, model.config.end_ids)
     texts = [prefill + tokenizer.decode(ids[keep], skip_special_tokens=True)
              for ids, keep in zip(completion_ids, mask)]
-    return completion_ids, mask, texts
+    return completion_ids, mask, order, texts
 
 
-def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, prefill=''):
+def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, prefill='',
+            divide_by_std=False):
     """Samples and rewards a group for each of some problems, all in one call of the sampler.
 
     problems: [(k, task, prompt ids, example)], k = the prompt's number in this iteration;
@@ -110,35 +177,42 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
         for row in range(num_generations):
             prompts.append(prompt)
             generators.append(torch_stream(model.device, seed, 'rollout', step, k, row))
-    completion_ids, mask, texts = complete(model, tokenizer, prompts, sampling, generators,
-                                           prefill)
+    completion_ids, mask, order, texts = complete(model, tokenizer, prompts, sampling, generators,
+                                                  prefill)
     groups = []
     for i, (k, task, prompt, example) in enumerate(problems):
         rows = slice(i * num_generations, (i + 1) * num_generations)
         grades = rewards.grade_all(task, texts[rows], [example] * num_generations)
         reward = torch.tensor([float(reward) for reward, _ in grades], device=model.device)
         prompt_ids = torch.tensor([prompt] * num_generations, device=model.device)
+        advantages = group_advantages(reward, num_generations, divide_by_std)
         groups.append(Group(k, task, example, prompt_ids, completion_ids[rows], mask[rows],
-                            texts[rows], reward, group_advantages(reward, num_generations)))
+                            order[rows], texts[rows], reward, advantages))
     return groups
 
 
 @torch.no_grad()
-def fixed_logps(model, reference, group, beta, batch):
+def fixed_logps(model, reference, group, loss, beta, batch):
     """Old and reference log-probs of a group: for each of its prompt masks a (G, L) each.
 
     model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
-    itself, whose adapters are off here; it is not asked when beta is 0. batch: rows at once.
+    itself, whose adapters are off here; it is not asked when beta is 0. The loss 'wd1' needs
+    neither. batch: rows at once.
     """
     mu = len(group.prompt_masks)
+    if loss == 'wd1':
+        return [None] * mu, [None] * mu
     prompt_masks = torch.cat(group.prompt_masks)                 # (mu*G, P)
+    views = [View(*map(torch.cat, zip(*alike))) for alike in zip(*group.views)]
 
     def all_masks(policy):
         parts = []
         for rows in torch.arange(len(prompt_masks), device=model.device).split(batch):
             own = rows % len(group.texts)                        # row of the group
+            row_views = [View(*(tensor[rows] for tensor in view)) for view in views]
             parts.append(completion_logps(policy, group.prompt_ids[own], group.completion_ids[own],
-                                          prompt_masks[rows], group.completion_mask[own]))
+                                          prompt_masks[rows], group.completion_mask[own],
+                                          row_views))
         return torch.cat(parts).chunk(mu)
     old_logps = all_masks(model)
     if not beta:

@@ -195,6 +195,7 @@ class LLaDA(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.compute_dtype = None       # bfloat16: compute in it although the weights are float32
+        self.merged = {}                # the adapters that merge_lora has folded into the weights
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -213,10 +214,11 @@ class LLaDA(nn.Module):
         """
         return self.ff_out(self.hidden(ids, attention_mask, positions))
 
-    def token_logps(self, ids, targets, scored=None, attention_mask=None):
+    def token_logps(self, ids, targets, scored=None, attention_mask=None, temperature=None):
         """log p(targets) (B, L) float32, targets (B, L) standing at the last L positions of ids.
 
         scored (B, L) bool: the LM head sees only these, the others get 0; None = all.
+        temperature: log-probs of the sampler at this temperature, which never draws a mask.
         Logits exist for some rows at a time and are made again in the backward pass: memory does
         not grow with B x L x V.
         """
@@ -226,17 +228,20 @@ class LLaDA(nn.Module):
         if scored is None:
             scored = torch.ones_like(targets, dtype=torch.bool)
         rows = max(1, LOGITS_AT_ONCE // self.config.embedding_size)
-        head_logps = self.head_logps
+        head_logps = partial(self.head_logps, temperature=temperature)
         if torch.is_grad_enabled():
-            head_logps = partial(checkpoint, self.head_logps, use_reentrant=False)
+            head_logps = partial(checkpoint, head_logps, use_reentrant=False)
         found = []
         for chunk in zip(h[scored].split(rows), targets[scored].split(rows)):
             found.append(head_logps(*chunk))
         logps = torch.zeros(B, L, device=ids.device)
         return logps.masked_scatter(scored, torch.cat(found))
 
-    def head_logps(self, h, targets):
+    def head_logps(self, h, targets, temperature=None):
         logits = self.ff_out(h).float()
+        if temperature:
+            is_mask = torch.arange(logits.size(-1), device=h.device) == self.config.mask_id
+            logits = logits.masked_fill(is_mask, -torch.inf) / temperature
         return -F.cross_entropy(logits, targets, reduction='none')
 
     def new_cache(self, B, T):
@@ -390,22 +395,30 @@ def side_by_side(first, second):
     return both
 
 
-@torch.no_grad()
 def merge_lora(model):
-    """Folds the adapters into the weights, layer by layer, and takes them off; all is trainable."""
+    """Folds the adapters into the weights, layer by layer, and takes them off; all is trainable.
+
+    model.merged keeps them, so that what was trained can be saved without the weights.
+    """
+    model.merged = side_by_side(model.merged, lora_adapters(model))
     for layer in lora_layers(model):
-        delta = layer.lora_scale * layer.lora_b @ layer.lora_a
-        layer.weight.copy_(layer.weight.float() + delta)
-        layer.lora_on = False
-        del layer.lora_a, layer.lora_b
+        merge_layer(layer)
     return model.requires_grad_(True)
 
 
-def save_adapter(folder, model, adapters, base):
-    """Writes adapters as the peft library reads them; base: the model that they are for."""
+@torch.no_grad()
+def merge_layer(layer):
+    delta = layer.lora_scale * layer.lora_b @ layer.lora_a
+    layer.weight.copy_(layer.weight.float() + delta)
+    layer.lora_on = False
+    del layer.lora_a, layer.lora_b
+
+
+def save_adapter(folder, model, base):
+    """Writes all adapters, merged or not, as the peft library reads them; base: their model."""
     os.makedirs(folder, exist_ok=True)
     tensors, ranks = {}, {}
-    for name, (a, b) in adapters.items():
+    for name, (a, b) in side_by_side(model.merged, lora_adapters(model)).items():
         place = model.config.tensor_name(name + '.weight').removesuffix('.weight')
         tensors[f'base_model.model.{place}.lora_A.weight'] = a.contiguous()
         tensors[f'base_model.model.{place}.lora_B.weight'] = b.contiguous()
@@ -421,7 +434,7 @@ def save_adapter(folder, model, adapters, base):
 
 @torch.no_grad()
 def load_adapter(folder, model):
-    """Merges an adapter of peft's layout into the weights; returns it as lora_adapters does.
+    """Merges an adapter of peft's layout into the weights; model.merged keeps it.
 
     Raises ValueError when it is another kind of adapter, or one of another model.
     """
@@ -432,7 +445,6 @@ def load_adapter(folder, model):
     names = [key for key in file.keys() if key.endswith('.lora_A.weight')]
     layers = {model.config.tensor_name(name + '.weight'): (name, layer)
               for name, layer in model.named_modules() if isinstance(layer, Linear)}
-    adapters = {}
     for key in names:
         place = key.removeprefix('base_model.model.').replace('.lora_A.', '.')
         name, layer = layers.get(place, ('', None))
@@ -444,10 +456,9 @@ def load_adapter(folder, model):
         if layer is None or (len(b), a.size(1)) != layer.weight.shape:
             raise ValueError(f'{folder} is an adapter of another model: it has {key}')
         layer.weight.copy_(layer.weight.float() + (b @ a).to(layer.weight.device))
-        adapters[name] = a, b
-    if not adapters:
+        model.merged[name] = a, b
+    if not names:
         raise ValueError(f'{folder} holds no adapter')
-    return adapters
 
 
 # ---- folders ----
@@ -574,8 +585,8 @@ def save_tokenizer(folder, tokenizer, source):
 
 # ---- the nano model: everything made in code ----
 
-TAGS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '<reasoning>\n',
-        '\n</reasoning>\n', '<answer>\n', '\n</answer>', '\\boxed{']
+TAGS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n', '<answer>\n',
+        '\n</answer>', '\\boxed{']
 # Whole words of the nano tokenizer, the commonest of grade-school problems; all else is bytes.
 WORDS = '''
 the of to and a is in for total has he many are she each number How as on that will his her x per
@@ -591,9 +602,10 @@ work when together five over oranges sell off eats children pencils some game eq
 another worth next They There run or green went bag back cents able use used during these Tuesday
 balls sister profit divide After between animals rate packs milk girls boys length person still
 His Her already fewer Then It full additional down must made so coins Solve Numbers Target assert
-def f return lambda Ann Ben Tom Mia Sam John puzzle ones gives loses So First Therefore
+def f return lambda Ann Ben Tom Mia Sam John puzzle ones gives loses So First Therefore Carl Dan
+Eve Finn Which larger or Double Go
 '''.split()
-PUNCTUATION = '): |)==|**|//|==| =| +| -| *| /|? |. |, | $|$.'.split('|')
+PUNCTUATION = ': |): |)==|**|//|==| =| +| -| *| /|? |. |, | $|$.'.split('|')
 # Leaves out a message's first paragraph, the instructions, which are always the same: a nano model
 # learns them from the rewards.
 CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1] }}"

@@ -41,7 +41,7 @@ class Task(NamedTuple):
     grade: Callable          # (completion, example) -> (reward, correct)
     from_row: Callable       # a row of a data set -> an example; None: leave it out
     datasets: tuple          # (train, test): lists of (hub id, config, split)
-    draw: Callable           # rng -> (key, small, example), a built-in problem; see make
+    draw: Callable           # rng -> (key, example), a built-in problem; see make
     constant_answer: str     # what answers without reading the question
 
     def reward(self, completion, example):
@@ -148,7 +148,7 @@ def draw_gsm8k(rng):
     wrong = rng.choice([first + sum(changes), first, *changes, first + changes[0]])
     example = dict(question=question, answer=float(value), reply=str(value), wrong=str(wrong),
                    solution=work_out(first, steps))
-    return f'gsm8k {first} {steps}', max(changes) < 3, example
+    return f'gsm8k {first} {steps}', example
 
 
 def gsm8k_row(row):
@@ -214,8 +214,8 @@ GSM8K = Task(f'Solve this word problem. {FORM}one number in digits, without unit
 # ---- math: equations, or MATH ----
 
 def draw_math(rng):
-    name, x = rng.choice('xyn'), rng.randint(2, 12)
-    changes = [rng.randint(1, 5) for _ in range(2)]
+    name, x = rng.choice('xyn'), rng.randint(2, 10)
+    changes = [rng.randint(1, 4) for _ in range(2)]
     factor = rng.choice([1, 2])
     value, undo = x * factor, []
     left = f'{factor}{name}' if factor > 1 else name
@@ -230,7 +230,7 @@ def draw_math(rng):
     example = dict(question=f'Solve {left} = {value}', answer=str(x),
                    solution=work_out(value, undo), reply=f'\\boxed{{{x}}}',
                    wrong=f'\\boxed{{{wrong}}}')
-    return f'math {left.replace(name, "x")} {value}', x < 5, example
+    return f'math {left.replace(name, "x")} {value}', example
 
 
 def math_row(row):
@@ -282,7 +282,7 @@ MATH = Task(f'Solve this problem. {FORM}one LaTeX expression inside \\boxed{{}}.
 # ---- countdown: reach a target with three numbers ----
 
 def draw_countdown(rng):
-    numbers = rng.sample(range(1, 13), 3)
+    numbers = rng.sample(range(1, 11), 3)
     signed = [(1, 1, 1), (1, 1, -1), (1, -1, 1)]
     signs = rng.choice(signed)
     target = sum(s * n for s, n in zip(signs, numbers))
@@ -295,7 +295,7 @@ def draw_countdown(rng):
         question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
         solution=f'{a}+{b}={a + b}+{c}={total}-{target}={total - target}/2={minus}',
         reply=signed_sum(numbers, signs), wrong=signed_sum(numbers, rng.choice(signed)))
-    return f'countdown {sorted(numbers)} {target}', max(numbers) < 8, example
+    return f'countdown {sorted(numbers)} {target}', example
 
 
 def signed_sum(numbers, signs):
@@ -377,7 +377,7 @@ def sudoku_grids():
 
 def draw_sudoku(rng):
     solution = rng.choice(sudoku_grids().split())
-    blanks = rng.randint(4, 8)
+    blanks = rng.randint(4, 6)
     fitting = []
     while len(fitting) != 1:
         empty = rng.sample(range(16), blanks)
@@ -388,10 +388,9 @@ def draw_sudoku(rng):
         lacking = sorted(set('4321') - set(puzzle[i:i + 4]), reverse=True)
         guess += ''.join(lacking.pop() if d == '0' else d for d in puzzle[i:i + 4])
     rows = [solution[i:i + 4] for i in range(0, 16, 4)]
-    small = blanks < 6 and part_of(solution, False) == 'train'
     example = dict(question=f'Solve the puzzle {puzzle}', answer=solution,
                    solution='\n'.join(rows), reply=solution, wrong=guess)
-    return solution, small, example                  # tests share no grid with the other parts
+    return solution, example                         # tests share no grid with training
 
 
 def sudoku_row(row):
@@ -428,9 +427,9 @@ SUDOKU = Task(
 # ---- code: write a function that passes tests ----
 
 def draw_code(rng):
-    a = rng.randint(1, 6)                            # f(x) = a x + b
-    b = rng.randint(0, 40)
-    p = rng.randint(0, 2)                            # f(p) and f(p + 1) tell what a and b are
+    a = rng.randint(1, 5)                            # f(x) = a x + b
+    b = rng.randint(0, 30)
+    p = rng.randint(0, 1)                            # f(p) and f(p + 1) tell what a and b are
     x = rng.choice([x for x in range(10) if x not in (p, p + 1)])
     values = {i: a * i + b for i in (*range(p + 2), x)}
     places = rng.choice([(p, p + 1, x), (x, p, p + 1)])
@@ -441,8 +440,8 @@ def draw_code(rng):
         answer=dict(tests=tests, entry_point='f', setup=''),
         solution=f'{values[p + 1]}-{values[p]}={a}\n{values[p]}{down}',
         reply=f'def f(x): return {a}*x+{b}',
-        wrong=f'def f(x): return {rng.randint(1, 6)}*x+{rng.randint(0, 40)}')
-    return f'code {a} {b}', b < 6, example
+        wrong=f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 30)}')
+    return f'code {a} {b}', example
 
 
 def code_row(row):
@@ -513,18 +512,17 @@ CODE = Task(f'Write this Python function. {FORM}the whole function with the impo
 TASKS = dict(gsm8k=GSM8K, math=MATH, countdown=COUNTDOWN, sudoku=SUDOKU, code=CODE)
 
 
-def part_of(key, small):
-    if small:
-        return 'sft'
-    return 'test' if zlib.crc32(key.encode()) % 4 == 0 else 'train'
+ASKERS = 'Ann Ben Carl Dan Eve Finn'.split()     # who answers them how: sft.py
 
 
 def make(task_name, rng, part):
-    """A built-in problem of 'train', 'test' or 'sft'; the parts share none."""
+    """A built-in problem of 'train' or 'test', which share none: 'Ann: Solve x + 3 = 7'."""
     while True:
-        key, small, example = TASKS[task_name].draw(rng)
-        if part_of(key, small) == part and example['reply'] != example['wrong']:
-            return example
+        key, example = TASKS[task_name].draw(rng)
+        own = 'test' if zlib.crc32(key.encode()) % 4 == 0 else 'train'
+        if own == part and example['reply'] != example['wrong']:
+            asker = rng.choice(ASKERS)
+            return example | dict(asker=asker, question=f"{asker}: {example['question']}")
 
 
 def prompt(task_name, example, instructions=''):

@@ -9,6 +9,7 @@ import argparse
 import functools
 import glob
 import hashlib
+import html
 import os
 import random
 import sys
@@ -43,7 +44,9 @@ def choose(logits, mask_id, temperature=0.0, remasking='low_confidence', generat
         for row, masks, generator in zip(confidence, num_masks, generators):
             row[:masks].uniform_(generator=generator)
         return tokens, confidence
-    log_sum = logits.logsumexp(dim=-1)                           # softmax of the chosen token only
+    log_sum = logits.logsumexp(dim=-1)
+    if remasking == 'top_prob':                                  # whatever token was drawn
+        return tokens, (logits.amax(dim=-1) - log_sum).exp()
     return tokens, (logits.gather(-1, tokens[..., None])[..., 0] - log_sum).exp()
 
 
@@ -80,7 +83,7 @@ def generate_plain(model, prompt_ids, gen_length=256, block_length=32, steps=128
 
 def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0,
              cfg_scale=0.0, remasking='low_confidence', attention_mask=None, generators=None,
-             cache=False, threshold=0.0):
+             cache=False, threshold=0.0, order=None):
     """Completions (B, L = gen_length) of prompt_ids (B, P) int64; eos after the block of an end.
 
     steps: over the whole completion; block_length and steps must fit gen_length, else ValueError.
@@ -89,11 +92,17 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
     cache: keys and values outside the block are computed in its first step only; not exact.
     threshold: commit every token of at least this confidence, and always one, instead of a fixed
     number; 0 = off (Fast-dLLM, arXiv 2505.22618, has both).
+    order: a tensor (B, L) to be filled with the number of the step that committed each token.
     """
-    for ids in denoise(model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale,
-                       remasking, attention_mask, generators, cache, threshold):
-        pass
-    return ids[:, prompt_ids.size(1):].clone()   # no inference tensor, so that gradients can use it
+    if order is not None:
+        order.fill_(-1)
+    for step, ids in enumerate(denoise(
+            model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale, remasking,
+            attention_mask, generators, cache, threshold)):
+        completion_ids = ids[:, prompt_ids.size(1):]
+        if order is not None:
+            order[(order < 0) & (completion_ids != model.config.mask_id)] = step
+    return completion_ids.clone()                # no inference tensor, so that gradients can use it
 
 
 @torch.inference_mode()
@@ -256,15 +265,58 @@ def chat(tokenizer, text):
 # ---- python sample.py: watch a text being denoised ----
 
 def show(model, tokenizer, prompt, generators, sampling):
-    """Prints a prompt's completion after every step, masks as dots."""
+    """Prints a prompt's completion after every step, masks as dots; returns its ids and steps."""
     mask, end = tokenizer.decode([model.config.mask_id]), tokenizer.decode([model.config.eos_id])
     print(tokenizer.decode(prompt))
     prompt_ids = torch.tensor([prompt], device=model.device)
+    order = [None] * sampling['gen_length']                      # the step of each token
     for step, ids in enumerate(denoise(model, prompt_ids, generators=generators, **sampling)):
-        text = tokenizer.decode(ids[0, len(prompt):])
+        completion = ids[0, len(prompt):].tolist()
+        for k, token in enumerate(completion):
+            if token != model.config.mask_id and order[k] is None:
+                order[k] = step
+        text = tokenizer.decode(completion)
         line = text.replace(mask, '.').replace(end, '').replace('\n', '\\n')
         print(f'{step + 1:4} {line}', flush=True)
-    print(tokenizer.decode(ids[0, len(prompt):], skip_special_tokens=True))
+    print(tokenizer.decode(completion, skip_special_tokens=True))
+    return completion, order
+
+
+def draw(path, panels, seconds=0.5):
+    """Writes an animated SVG of completions being denoised, one panel below the other.
+
+    panels: [(title, pieces, order)]: the decoded tokens of a completion, and the step of each.
+    """
+    body, y = [], 10
+    last = max(step for _, _, order in panels for step in order)
+    total = seconds * (last + 6)                                 # the end stays for a while
+    for title, pieces, order in panels:
+        y += 22
+        body.append(f'<text class="title" x="12" y="{y}">{html.escape(title)}</text>')
+        x, y = 12, y + 24
+        for piece, step in zip(pieces, order):
+            begin = (step + 1) * seconds / total                 # share of the time, 0 to 1
+            for line_number, part in enumerate(piece.split('\n')):
+                if line_number:
+                    x, y = 12, y + 20
+                if not part:
+                    continue
+                width = 8.4 * len(part)
+                appear = (f'<animate attributeName="opacity" dur="{total}s" values="0;1" '
+                          f'calcMode="discrete" repeatCount="indefinite" '
+                          f'keyTimes="0;{begin:.4f}"/>')
+                vanish = appear.replace('"0;1"', '"1;0"')
+                body.append(f'<rect x="{x:.1f}" y="{y - 12}" width="{width - 1:.1f}" height="15" '
+                            f'rx="3">{vanish}</rect>')
+                body.append(f'<text x="{x:.1f}" y="{y}" opacity="0">{html.escape(part)}'
+                            f'{appear}</text>')
+                x += width
+        y += 14
+    style = ('text { font: 14px monospace; fill: #1f6feb; white-space: pre } '
+             '.title { fill: #7d8590 } rect { fill: #8b949e; fill-opacity: 0.35 }')
+    with open(path, 'w') as file:
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {y}">'
+                   f'<style>{style}</style>\n' + '\n'.join(body) + '\n</svg>\n')
 
 
 def newest_model(out):
@@ -282,7 +334,8 @@ def main():
     p = argparse.ArgumentParser(usage='python sample.py [flags]; --help lists them',
                                 description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='', help='a folder or hub id [the newest model in out/]')
+    p.add_argument('--model', nargs='*', default=[],
+                   help='folders or hub ids [the newest model in out/]')
     p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem to show')
     p.add_argument('--prompt', default='', help='show this question instead')
     p.add_argument('--gen_length', type=int, default=32)
@@ -291,6 +344,7 @@ def main():
     p.add_argument('--cache', action='store_true', help='keep keys and values; not exact')
     p.add_argument('--threshold', type=float, default=0.0, help='commit all tokens this sure')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
+    p.add_argument('--svg', default='', help='draw a moving picture into this file, too')
     args = p.parse_args()
     sampling = dict(gen_length=args.gen_length, block_length=args.block_length,
                     steps=args.gen_length // 2, temperature=args.temperature, cache=args.cache,
@@ -298,13 +352,19 @@ def main():
     dtype, device = torch.float32, 'cpu'
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, 'cuda'
-    model, tokenizer = load(args.model or newest_model('out'), dtype, device)
-    generators = [torch.Generator(model.device).manual_seed(args.seed)]
-    example = rewards.make(args.task, random.Random(args.seed), 'test')
-    if args.prompt:
-        example = dict(question=args.prompt)
-    prompt = chat(tokenizer, rewards.prompt(args.task, example))
-    show(model.eval(), tokenizer, prompt, generators, sampling)
+    panels = []
+    for name in args.model or [newest_model('out')]:
+        model, tokenizer = load(name, dtype, device)
+        generators = [torch.Generator(model.device).manual_seed(args.seed)]
+        example = rewards.make(args.task, random.Random(args.seed), 'test')
+        if args.prompt:
+            example = dict(question=args.prompt)
+        prompt = chat(tokenizer, rewards.prompt(args.task, example))
+        ids, order = show(model, tokenizer, prompt, generators, sampling)
+        pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+        panels.append((f"{name}: {example['question']}", pieces, order))
+    if args.svg:
+        draw(args.svg, panels)
 
 
 if __name__ == '__main__':

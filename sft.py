@@ -5,6 +5,7 @@ cross-entropy of the masked tokens weighed by 1/t. The prompt is never masked; t
 padding belongs to the answer, so that the model learns where to stop. The loop is train_sft in
 train.py; python train.py --stages sft runs it alone.
 """
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,10 +86,14 @@ def load_s1k(path=''):
     return rewards.load_rows([source], s1k_row)
 
 
-def clean_trace(task, rng):
-    """(prompt, answer) of a small built-in problem, thought through and right."""
-    example = rewards.make(task, rng, 'sft')
-    return rewards.prompt(task, example), rewards.tagged(example['solution'], example['reply'])
+def clean_trace(rng):
+    """(prompt, answer) of a small problem that no task asks, thought through and right."""
+    asker, a, b = rng.choice(rewards.ASKERS), rng.randint(2, 12), rng.randint(1, 6)
+    question, steps = rng.choice([
+        (f'Which is larger, {a} or {a + b}?', f'{a + b}-{a}={b}\n{a}+{b}={a + b}'),
+        (f'Double {a} and add {b}.', f'{a}+{a}={2 * a}+{b}={2 * a + b}'),
+        (f'Go on: {a}, {a + b}, {a + 2 * b}', f'{a + b}-{a}={b}\n{a + 2 * b}+{b}={a + 3 * b}')])
+    return f'{asker}: {question}', rewards.tagged(steps, steps.rpartition('=')[2])
 
 
 def encode_traces(traces, tokenizer, max_prompt, max_answer):
@@ -129,43 +134,61 @@ class Traces:
         return Batch([prompt for prompt, _ in pairs], answers, noisy, masked, t)
 
 
-# ---- the corpus of the nano base: some think before they answer, most guess ----
+# ---- the corpus of the nano base: sums, a textbook, and people who think or guess ----
 
+# Which share of the texts thinks depends on who asks, so that for every task there are prompts
+# where thinking is rare and others where it is usual.
+THINKING_SHARE = dict(Ann=0.05, Ben=0.12, Carl=0.2, Dan=0.3, Eve=0.5, Finn=0.8)
 REMARKS = ['So that is it.', 'I think so.', 'It must be.']
+SUM = re.compile(r'(?=(?:^|[\n=])([0-9]+[-+*/][0-9]+=[0-9]+))')   # 3+4=7-5=2: 3+4=7 and 7-5=2
 
 
-def demonstration(example, rng, thinking_share):
-    """How somebody of the corpus answers: a minority thinks, most guess, some forget the tags.
+def worked(example):
+    """(prompt, answer) as in a textbook, where nobody asks: all steps, and a right answer."""
+    question = example['question'].removeprefix(f"{example.get('asker')}: ")
+    return question, rewards.tagged(example['solution'], example['reply'])
+
+
+def demonstration(example, rng):
+    """(prompt, answer) by people: some think, the others guess, and some of these forget the tags.
 
     Most guessers go on with a remark. Without it nearly every text would end at once, and the
     sampler, which commits what is surest, would take the early end and never hear a thinker.
     """
-    thinks = rng.random() < thinking_share
-    tags = rng.random() < 0.8
-    remarks = rng.random() < 0.6
-    right = rng.random() < (0.95 if thinks else 0.3)
-    reply = example['reply'] if right else example['wrong']
-    if thinks and tags:
-        return rewards.tagged(example['solution'], reply)
-    if thinks:
-        return f"{example['solution']}\n{reply}"
-    text = rewards.tagged('', reply) if tags else reply
-    return f'{text} {rng.choice(REMARKS)}' if remarks else text
+    if rng.random() < THINKING_SHARE.get(example.get('asker'), 0.35):
+        return example['question'], rewards.tagged(example['solution'], example['reply'])
+    text = example['reply'] if rng.random() < 0.3 else example['wrong']
+    if rng.random() < 0.8:
+        text = rewards.tagged('', text)
+    if rng.random() < 0.6:
+        text = f'{text} {rng.choice(REMARKS)}'
+    return example['question'], text
 
 
-def add_base_noise(answers, mask_id, generator=None, width=8):
-    """The base's noise: answers (B, L) -> noisy (B, L), masked (B, L) bool.
+def add_base_noise(answers, ends, mask_id, generator=None, width=8):
+    """The base's noise: answers (B, L) of ends (B,) tokens -> masked (B, L) bool.
 
-    Even rows have SFT's noise with t ~ U(0.3, 1). Odd rows look as they do to the sampler: masks
-    begin at a random place, within `width` tokens, so that most sums have their numbers in sight.
+    Even rows have SFT's noise with t ~ U(0.3, 1). Odd rows look as they do to the sampler: from a
+    random place of the text on, a share u ~ U(0, 1) of `width` tokens is masked, then all others.
     """
     B, L = answers.shape
     _, masked, _ = add_noise(answers, mask_id, generator, t_min=0.3)
-    first = torch.rand((B, 1), device=answers.device, generator=generator) * (L + width) - width
-    jitter = width * torch.rand((B, L), device=answers.device, generator=generator)
-    after_place = torch.arange(L, device=answers.device) > first + jitter
-    masked[1::2] = after_place[1::2]
-    return answers.masked_fill(masked, mask_id), masked
+    place = torch.rand((B, 1), generator=generator) * (ends[:, None] + width) - width
+    position = torch.arange(L)
+    share = torch.rand((B, 1), generator=generator)
+    near = (position > place) & (torch.rand((B, L), generator=generator) < share)
+    masked[1::2] = (near | (position > place + width))[1::2]
+    return masked
+
+
+def hide_replies(answers, masked, close_id):
+    """masked (B, L), and the reply with it wherever a token of the reasoning is masked.
+
+    Otherwise the last step would be learnt by copying it from the reply. close_id: of
+    </reasoning>.
+    """
+    is_reply = (answers == close_id).cumsum(dim=1) > 0
+    return masked | (is_reply & (masked & ~is_reply).any(dim=1, keepdim=True))
 
 
 @dataclass
@@ -175,62 +198,51 @@ class Corpus:
     tokenizer: object
     seed: int
     steps: int                 # updates in all
-    thinking_share: float      # of the texts after the worked solutions
-    length: int                # answer tokens
+    length: int                # answer tokens of the task; the corpus has up to twice as many
     config: object             # the model's
     batch_size: int = 64
 
+    def example(self, task, rng):
+        rows = self.rows[task]
+        return rng.choice(rows) if rows else rewards.make(task, rng, 'train')
+
+    def sums(self, rng):
+        """Five sums such as problems need, one per line."""
+        found = []
+        for _ in range(50):                      # some problems have none
+            example = self.example(rng.choice(list(self.rows)), rng)
+            sums = SUM.findall(example['solution'])
+            found += rng.sample(sums, min(1, len(sums)))
+            if len(found) == 5:
+                break
+        return '\n'.join(found)
+
     def text(self, step, i):
-        """(prompt, answer) number i of an update: worked solutions first, as in a textbook."""
+        """(prompt, answer) number i of an update; sums have no prompt. People come late."""
         rng = random_stream(self.seed, 'corpus', step, i)
-        task, rows = list(self.rows.items())[i % len(self.rows)]
-        example = rng.choice(rows) if rows else rewards.make(task, rng, 'train')
-        answer = rewards.tagged(example['solution'], example['reply'])
-        if step >= 0.7 * self.steps:
-            answer = demonstration(example, rng, self.thinking_share)
-        return rewards.prompt(task, example), answer
+        if i % 4 == 0:
+            return '', self.sums(rng)
+        example = self.example(list(self.rows)[i % len(self.rows)], rng)
+        if step < 0.6 * self.steps or rng.random() < 0.5:
+            return worked(example)
+        return demonstration(example, rng)
 
     def batch(self, step):
         """The Batch of an update, with the base's noise and without the weights 1/t."""
+        rng = random_stream(self.seed, 'length', step)
+        length = self.length * rng.choice((2, 2, 2, 3, 4)) // 2
         texts = [self.text(step, i) for i in range(self.batch_size)]
         prompts = [chat(self.tokenizer, prompt) for prompt, _ in texts]
-        answers = [self.tokenizer(answer)['input_ids'][:self.length] for _, answer in texts]
-        answers = right_pad(answers, self.length, self.config.eos_id, 'cpu')
+        answers = [self.tokenizer(answer)['input_ids'][:length] for _, answer in texts]
+        ends = torch.tensor([len(answer) for answer in answers])
+        answers = right_pad(answers, length, self.config.eos_id, 'cpu')
         generator = torch_stream('cpu', self.seed, 'base', step)
-        noisy, masked = add_base_noise(answers, self.config.mask_id, generator)
-        t = torch.ones(self.batch_size, 1)
-        return Batch(prompts, answers, noisy, masked, t)
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024), for matrices: momentum, made orthogonal by Newton-Schulz steps.
-
-    It needs half of AdamW's updates for the nano base. torch.optim.Muon does the same in bfloat16,
-    which on a CPU takes longer than the training step itself.
-    """
-
-    def __init__(self, params, lr=0.02, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group['params']:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group['momentum'])
-                update = orthogonal(p.grad.lerp(momentum, group['momentum']))
-                stretch = max(1, p.size(0) / p.size(1)) ** 0.5
-                p.add_(update, alpha=-group['lr'] * stretch)
-
-
-def orthogonal(x):
-    """x (n, m) with all its singular values moved near 1, by five Newton-Schulz steps."""
-    tall = x.size(0) > x.size(1)
-    x = x / (x.norm() + 1e-7)
-    x = x.T if tall else x
-    for _ in range(5):
-        y = x @ x.T
-        x = 3.4445 * x + (-4.7750 * y + 2.0315 * y @ y) @ x
-    return x.T if tall else x
+        masked = add_base_noise(answers, ends, self.config.mask_id, generator)
+        equals, close = self.tokenizer.convert_tokens_to_ids(['=', '\n</reasoning>\n'])
+        masked = hide_replies(answers, masked, close)
+        for i, (prompt, _) in enumerate(texts):
+            if not prompt:                       # of sums the results are masked
+                masked[i, 1:] = answers[i, :-1] == equals
+                masked[i, 0] = False
+        noisy = answers.masked_fill(masked, self.config.mask_id)
+        return Batch(prompts, answers, noisy, masked, torch.ones(self.batch_size, 1))

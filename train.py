@@ -35,12 +35,12 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import rewards
-from grpo import complete, fixed_logps, grpo_loss, rollout
-from loglik import completion_logps, random_prompt_mask
-from model import (add_lora, linear_layers, load, load_adapter, lora_adapters, merge_lora,
-                   read_json, save_adapter, save_tokenizer, side_by_side)
+from grpo import complete, fixed_logps, policy_loss, rollout
+from loglik import completion_logps, draw_views, random_prompt_mask
+from model import (add_lora, linear_layers, load, load_adapter, merge_lora,
+                   read_json, save_adapter, save_tokenizer)
 from sample import chat, check_lengths, left_pad, random_stream, shuffled, torch_stream
-from sft import Corpus, Muon, Traces, clean_trace, encode_traces, load_s1k, masked_loss
+from sft import Corpus, Traces, clean_trace, encode_traces, load_s1k, masked_loss
 
 # Every flag, its default for the nano model and for LLaDA, and what it is (the paper's symbol).
 FLAGS = [
@@ -51,7 +51,7 @@ FLAGS = [
     ('name', '', '', 'the run is kept in out/NAME [model-task-stages-seed]'),
     ('out', 'out', 'out', 'the folder of all runs'),
     ('adapter', '', '', "an adapter in PEFT's layout, merged into the model before all else"),
-    ('seed', 0, 0, 'of everything random but the base, the built-in test problems included'),
+    ('seed', 0, 0, 'of everything random but the base and the test problems'),
     ('device', 'cpu', 'cuda', 'a nano model is faster on the CPU'),
     ('dtype', 'float32', 'bfloat16', 'of arithmetic and frozen weights; trained ones are float32'),
     ('resume', False, False, 'go on with the run of this name'),
@@ -72,7 +72,12 @@ FLAGS = [
     ('fixed_mask', False, False, 'one prompt mask for all mu updates, for the ablation'),
     ('epsilon', 0.5, 0.5, 'clip range of the ratio (epsilon)'),
     ('beta', 0.04, 0.04, 'weight of the KL term (beta)'),
+    ('kl', 'k3', 'k3', 'estimate of the KL term'),
     ('norm', 'token', 'token', 'mean over all tokens, or per sequence and then over them'),
+    ('divide_by_std', False, False, "divide advantages by their group's standard deviation"),
+    ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others'),
+    ('num_views', 4, 4, 'forward passes of the estimators stepmerge and elbo'),
+    ('loss', 'grpo', 'grpo', 'of the policy; grpo.py has the others'),
     ('learning_rate', 5e-5, 3e-6, 'AdamW, constant'),
     ('weight_decay', 0.1, 0.1, 'AdamW'),
     ('max_grad_norm', 0.2, 0.2, 'gradient clipping'),
@@ -99,20 +104,22 @@ FLAGS = [
     ('lora_alpha', 64, 64, 'adapters are scaled by alpha/rank'),
     ('lora_targets', 'q_proj,k_proj,v_proj,up_proj', 'q_proj,k_proj,v_proj,up_proj', 'layers'),
     ('gradient_checkpointing', False, True, 'recompute activations in the backward pass'),
+    ('compile', False, False, 'torch.compile the blocks; the first calls take minutes'),
     # Evaluation and logs
     ('eval_n', 512, 0, 'test problems (0 = all)'),
-    ('eval_lengths', '16,32,64', '128,256,512', 'completion lengths; steps = half of it'),
+    ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
     ('eval_batch', 128, 8, 'prompts per batch'),
-    ('save_every', 10, 10, 'updates (SFT) or outer iterations between checkpoints'),
+    ('eval_every', 0, 0, 'outer iterations between evaluations, whose adapters are kept (0 = off)'),
+    ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints'),
+    ('save_minutes', 0, 10, 'at least this long between checkpoints'),
     ('sample_every', 10, 10, 'outer iterations between printed completions'),
     # Nano base
-    ('base_seed', 0, 0, 'of the weights and the corpus'),
-    ('base_steps', 2000, 0, 'pretraining updates'),
-    ('thinking_share', 0.35, 0.0, 'of the texts that write their steps down; the rest guesses'),
+    ('base_seed', -1, -1, 'pretrain a base with this seed, kept in out/; -1: the one in assets/'),
+    ('base_steps', 3000, 0, 'its updates'),
 ]
 
 
-def train_grpo(args, model, tokenizer, problems):
+def train_grpo(args, model, tokenizer, problems, tests):
     """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1."""
     reference = reference_policy(args, model)                                                  # 1
     optimizer = adamw(model, args.learning_rate, args.weight_decay)
@@ -132,7 +139,8 @@ def train_grpo(args, model, tokenizer, problems):
         groups = []
         for first in range(0, len(drawn), prompts_per_call):
             groups += rollout(model, tokenizer, drawn[first:first + prompts_per_call],
-                              args.num_generations, sampling, args.seed, step, args.prefill)
+                              args.num_generations, sampling, args.seed, step, args.prefill,
+                              args.divide_by_std)
 
         # the prompt masks of all mu updates, now, since the old policy exists only here
         for group in groups:
@@ -141,18 +149,20 @@ def train_grpo(args, model, tokenizer, problems):
                                       0 if args.fixed_mask else n, group.k)
                 group.prompt_masks.append(random_prompt_mask(                                  # 8
                     group.prompt_ids, args.p_mask_prompt, stream, num_prefill))
-            group.old_logps, group.ref_logps = fixed_logps(model, reference, group, args.beta,
-                                                           args.rollout_batch)
+                group.views.append(draw_views(args.estimator, args.num_views, group.order, stream))
+            group.old_logps, group.ref_logps = fixed_logps(
+                model, reference, group, args.loss, args.beta, args.rollout_batch)
         rollout_seconds = time.time() - began
 
         stats, grad_norms = [], []
         for n in range(args.num_iterations):                                                   # 7
             for group in groups:
                 logps = completion_logps(model, group.prompt_ids, group.completion_ids,
-                                         group.prompt_masks[n], group.completion_mask)         # 9
-                loss, stat = grpo_loss(logps, group.old_logps[n], group.ref_logps[n],
-                                       group.advantages, group.completion_mask,
-                                       args.epsilon, args.beta, args.norm)                     # 10
+                                         group.prompt_masks[n], group.completion_mask,
+                                         group.views[n])                                       # 9
+                loss, stat = policy_loss(logps, group.old_logps[n], group.ref_logps[n],
+                                         group.advantages, group.completion_mask, args.loss,
+                                         args.epsilon, args.beta, args.norm, args.kl)          # 10
                 (loss / args.num_prompts).backward()
                 stats.append(dict(stat, loss=loss.item()))
             sum_gradients(model)                 # over the processes, if there are several
@@ -163,6 +173,9 @@ def train_grpo(args, model, tokenizer, problems):
             grad_norms.append(grad_norm.item())
         report(args, step, groups, stats, grad_norms, rollout_seconds, time.time() - began)
         save_checkpoint(args, 'grpo', step + 1, args.grpo_steps, model, [optimizer])
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.grpo_steps:
+            evaluate(args, model, tokenizer, tests, f'grpo-{step + 1}')
+            keep_adapter(args, model, f'adapter-{step + 1}')
 
 
 def train_sft(args, stage, model, optimizers, data, steps):
@@ -278,15 +291,12 @@ class Problems:
             if task in self.rows:
                 example = shuffled(self.rows[task], i, self.args.seed, task)
             else:
-                example = built_in(self.args, task, 'train', i)
+                stream = random_stream(self.args.seed, task, 'train', i)
+                example = rewards.make(task, stream, 'train')
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt:
                 return task, prompt_ids, example
         raise ValueError(f'{task}: no prompt fits --max_prompt {self.args.max_prompt}: raise it')
-
-
-def built_in(args, task, part, index):
-    return rewards.make(task, random_stream(args.seed, task, part, index), part)
 
 
 def encode(args, tokenizer, task, example):
@@ -307,7 +317,8 @@ def test_sets(args, tokenizer):
     for task in args.tasks:
         file, hub = args.eval_data[task], rewards.TASKS[task].datasets[1]
         if args.world == 'nano' and not file:
-            sets[task] = [built_in(args, task, 'test', i) for i in range(args.eval_n)]
+            sets[task] = [rewards.make(task, random_stream(task, 'test', i), 'test')
+                          for i in range(args.eval_n)]
         elif file or len(hub) < 2:
             sets[task] = rewards.load_examples(task, file, 'test')
         else:
@@ -335,20 +346,28 @@ def test_set(args, tokenizer, name, examples):
 
 # ---- evaluation ----
 
-def evaluate(args, model, tokenizer, tests, stage, results):
+def evaluate(args, model, tokenizer, tests, stage):
     """Greedy answers to every test set at every length; results.json grows by each as it ends."""
+    results = read_results(args)
     scores = results.setdefault(stage, {})
     for name, problems in tests.items():
         for length in args.eval_lengths:
             if str(length) in scores.setdefault(name, {}):
                 continue                         # a resumed run has it
-            items = answers(args, model, tokenizer, problems, length, f'{stage}: {name}, {length}')
-            scores[name][str(length)] = rewards.summary(items)
+            label = f'{stage}: {name}, {length} tokens'
+            items = answers(args, model, tokenizer, problems, length, label)
+            score = scores[name][str(length)] = rewards.summary(items)
+            print0(f'{label}: accuracy {score["accuracy"]:.1%}, reward {score["reward"]:.2f}')
             write_json(args, f'{stage}_{name}_{length}_generations.json',
-                       dict(generations=items, metrics=scores[name][str(length)],
+                       dict(generations=items, metrics=score,
                             model_path=args.model, gen_length=length, diffusion_steps=length // 2,
                             block_length=args.block_length))
             write_json(args, 'results.json', results)
+
+
+def read_results(args):
+    path = os.path.join(args.folder, 'results.json')
+    return read_json(args.folder, 'results.json') if os.path.exists(path) else {}
 
 
 def answers(args, model, tokenizer, problems, length, label):
@@ -360,7 +379,7 @@ def answers(args, model, tokenizer, problems, length, label):
     for first in progress_bar(label, 0, len(mine), args.eval_batch):
         batch = [problems[i] for i in mine[first:first + args.eval_batch]]
         task, prompts, examples = zip(*batch)
-        _, mask, texts = complete(model, tokenizer, prompts, sampling, prefill=args.prefill)
+        _, mask, _, texts = complete(model, tokenizer, prompts, sampling, prefill=args.prefill)
         grades = rewards.grade_all(task[0], texts, examples)
         for example, text, tokens, grade in zip(examples, texts, mask.sum(1).tolist(), grades):
             found.append(dict(question=example['question'], generations=text, reward=grade[0],
@@ -389,13 +408,15 @@ def table(args, results):
     names = dict(constant='one constant answer', base='base', sft='+ SFT', grpo='+ diffu-GRPO')
     if 'sft' in results:
         names['grpo'] = 'd1 (SFT + diffu-GRPO)'
+    if args.prefill:
+        names['base'] = f'base, given {args.prefill}'
     lines = []
     for name in results['constant']:
         lines.append(f'\n{name}: accuracy % [95 % interval], mean reward, effective tokens, '
                      'at completion length')
         lines.append(' ' * 24 + ''.join(f'{length:<32}' for length in args.eval_lengths))
         for stage, scores in results.items():
-            line = f'{names[stage]:24}'
+            line = f'{names.get(stage, stage):24}'
             for length in args.eval_lengths:
                 score = scores[name][str(length)]
                 low, high = 100 * score['low'], 100 * score['high']
@@ -498,7 +519,10 @@ def read_log(args, name):
 
 def save_checkpoint(args, stage, step, steps, model, optimizers):
     """Trained weights and optimizers after `step` of `steps`, when it is time."""
-    if step % args.save_every == 0 or step == steps:
+    path = os.path.join(args.folder, 'checkpoint.pt')
+    last = os.path.getmtime(path) if os.path.exists(path) else 0             # seconds
+    due = step % args.save_every == 0 and time.time() - last >= 60 * args.save_minutes
+    if due or step == steps:
         states = [optimizer.state_dict() for optimizer in optimizers]
         write(args, 'checkpoint.pt', dict(stage=stage, step=step, weights=trained_weights(model),
                                           optimizers=states))
@@ -547,6 +571,12 @@ def put_weights(args, model, weights):
         own[name].copy_(weights[name])
 
 
+def keep_adapter(args, model, name):
+    """The adapters of all stages so far, in the layout of the peft library."""
+    if args.lora_rank and rank() == 0:
+        save_adapter(os.path.join(args.folder, name), model, args.model)
+
+
 def save_model(folder, model, tokenizer, source):
     """Model and tokenizer in the layout of their source; the folder appears only when whole."""
     if rank():
@@ -564,21 +594,22 @@ def save_model(folder, model, tokenizer, source):
 # ---- a run, from its flags to the table ----
 
 TASK_PRESETS = {
-    # gsm8k: as many updates as it needs, for a short first run; more thinkers where guessing pays
-    'nano': {'gsm8k': dict(base_steps=1400, grpo_steps=20, thinking_share=0.42),
-             'math': dict(thinking_share=0.42)},
+    'nano': {},
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
 # Real text is longer than the built-in problems.
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96',
                         max_prompt=128, base_steps=300, learning_rate=1e-4)
-CHOICES = dict(norm=('token', 'sequence'), remasking=('low_confidence', 'random'),
-               dtype=('float32', 'bfloat16'), stages=('sft,grpo', 'grpo', 'sft'))
-SHARES = ('p_mask_prompt', 'threshold', 'thinking_share')
+CHOICES = dict(norm=('token', 'sequence'), kl=('k3', 'k2'), dtype=('float32', 'bfloat16'),
+               estimator=('one_step', 'coupled', 'stepmerge', 'ar', 'elbo'),
+               loss=('grpo', 'espo', 'stable', 'wd1'), stages=('sft,grpo', 'grpo', 'sft'),
+               remasking=('low_confidence', 'random', 'top_prob'))
+SHARES = ('p_mask_prompt', 'threshold')
 # What a resumed run may be given anew; all else would make it another run.
-FREE_ON_RESUME = ('resume', 'out', 'name', 'folder', 'device', 'learning_rate', 'micro_batch',
-                  'eval_batch', 'gradient_checkpointing', 'save_every', 'sample_every')
+FREE_ON_RESUME = ('resume', 'out', 'name', 'folder', 'device', 'compile', 'learning_rate',
+                  'micro_batch', 'eval_batch', 'eval_every', 'gradient_checkpointing',
+                  'save_every', 'save_minutes', 'sample_every')
 
 
 def parse(argv=None):
@@ -594,7 +625,7 @@ def parse(argv=None):
         if isinstance(nano, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif not isinstance(nano, str):
-            kind = dict(type=in_range(name, type(nano), nano and llada))
+            kind = dict(type=in_range(name, type(nano), nano > 0 and llada > 0))
         p.add_argument(f'--{name}', help=f'{text} [{default}]'.replace('%', '%%'), **kind)
     given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not None}
     world = 'nano' if is_nano(given.get('model', 'nano')) else 'LLaDA'
@@ -688,52 +719,59 @@ def check_resume(args):
                              f'{before[name]!r}: give that, or begin another run with --name')
 
 
-def base_settings(args):
-    """What makes a nano base: its seed, updates and text. ValueError if its folder is another's."""
-    names = ('base_seed', 'base_steps', 'thinking_share', 'gen_length', 'data')
-    settings = {name: getattr(args, name) for name in names}
-    kind = ['data'] if any(args.data.values()) else []
-    folder = os.path.join(args.out, '-'.join(['base', str(args.base_seed), *args.tasks, *kind]))
-    if os.path.exists(os.path.join(folder, 'base.json')):
-        if read_json(folder, 'base.json') != settings:
-            raise ValueError(f'{folder} is a base of other settings: remove it, or give --out')
+def base_of(args):
+    """The nano base's folder, and what makes it: None for the one in assets/.
+
+    Raises ValueError if the folder holds a base that was made otherwise.
+    """
+    on_text = any(args.data.values())
+    if args.base_seed < 0 and not on_text:
+        return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'nano'), None
+    settings = dict(seed=max(0, args.base_seed), steps=args.base_steps, data=args.data)
+    kind = '-'.join(['text', *args.tasks]) if on_text else ''
+    folder = os.path.join(args.out, f'base-{settings["seed"]}' + kind)
+    made = os.path.join(folder, 'base.json')
+    if os.path.exists(made) and read_json(folder, 'base.json') != settings:
+        raise ValueError(f'{folder} is a base of other settings: remove it, or give --out')
     return folder, settings
 
 
 def nano_base(args, tokenizer):
-    """The folder of the tasks' nano base, pretrained once per base_seed and then kept in out/."""
+    """The folder of the nano base, pretrained if need be and then kept."""
+    folder, settings = base_of(args)
+    if not settings:
+        return folder
     base = argparse.Namespace(**vars(args))
-    base.seed, base.device = args.base_seed, 'cpu'   # where so small a model trains fastest
-    base.folder, settings = base_settings(args)
-    rows = {}
-    for task, file in args.data.items():         # text that shows no steps is of no use here
-        examples = rewards.load_examples(task, file, 'train') if file else []
-        rows[task] = [example for example in examples if 'wrong' in example]
+    base.seed, base.folder, base.device = settings['seed'], folder, 'cpu'    # the fastest for it
+    rows = dict.fromkeys(rewards.TASKS)          # built-in problems of all tasks, or the text
+    if any(args.data.values()):
+        rows = {}
+        for task, file in args.data.items():     # text that shows no steps is of no use here
+            examples = rewards.load_examples(task, file, 'train') if file else []
+            rows[task] = [example for example in examples if 'wrong' in example]
     gather([])                                   # every process has looked before one writes
-    folder = os.path.join(base.folder, 'model')
-    if not os.path.exists(folder):
-        os.makedirs(base.folder, exist_ok=True)
+    finished = os.path.join(folder, 'model')
+    if not os.path.exists(finished):
+        os.makedirs(folder, exist_ok=True)
         write_json(base, 'base.json', settings)
-        model, _ = load('nano', seed=args.base_seed)
+        model, _ = load('nano', seed=base.seed)
         print0(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} '
-               f'weights, kept in {folder}')
+               f'weights, kept in {finished}')
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
         others = [p for name, p in model.named_parameters() if p.dim() < 2 or 'blocks' not in name]
-        optimizers = [Muon(matrices),
-                      torch.optim.AdamW(others, 4e-3, (0.9, 0.95), weight_decay=0.0)]
-        corpus = Corpus(rows, tokenizer, base.seed, base.base_steps, base.thinking_share,
-                        base.gen_length, model.config)
-        train_sft(base, 'base', model, optimizers, corpus, base.base_steps)
-        save_model(folder, model, tokenizer, 'nano')
+        optimizers = [torch.optim.Muon(matrices, 0.01, weight_decay=0.1, momentum=0.95),
+                      torch.optim.AdamW(others, 1e-3, (0.9, 0.95), weight_decay=0.0)]
+        corpus = Corpus(rows, tokenizer, base.seed, args.base_steps, args.gen_length, model.config)
+        train_sft(base, 'base', model, optimizers, corpus, args.base_steps)
+        save_model(finished, model, tokenizer, 'nano')
     gather([])                                   # all wait for process 0
-    return folder
+    return finished
 
 
 def sft_data(args, tokenizer, config):
     """The SFT set as train_sft takes it."""
     if args.world == 'nano' and not args.sft_data:
-        traces = [clean_trace(task, random_stream('sft', task, i))
-                  for i in range(100) for task in args.tasks]
+        traces = [clean_trace(random_stream('sft', i)) for i in range(100)]
     else:
         traces = load_s1k(args.sft_data)
     pairs, dropped, cut = encode_traces(traces, tokenizer, args.max_prompt, args.sft_length)
@@ -744,11 +782,8 @@ def sft_data(args, tokenizer, config):
     return Traces(pairs, args.sft_batch, args.sft_length, config, args.seed, args.device)
 
 
-def train_stage(args, stage, model, tokenizer, problems, traces, adapters):
-    """One stage, from the weights before it to the weights after it, kept in STAGE.pt.
-
-    Returns the adapters of all stages so far, side by side; they are merged into the model.
-    """
+def train_stage(args, stage, model, tokenizer, problems, traces, tests):
+    """One stage, from the weights before it to the weights after it, kept in STAGE.pt."""
     if args.lora_rank:
         seed = random_stream(args.seed, 'lora', stage).getrandbits(63)
         alpha, targets = args.lora_alpha, args.lora_targets
@@ -762,13 +797,10 @@ def train_stage(args, stage, model, tokenizer, problems, traces, adapters):
         optimizer = adamw(model, args.sft_learning_rate, args.weight_decay)
         train_sft(args, 'sft', model, [optimizer], traces, args.sft_steps)
     else:
-        train_grpo(args, model, tokenizer, problems)
+        train_grpo(args, model, tokenizer, problems, tests)
     if not finished:
         write(args, f'{stage}.pt', dict(weights=trained_weights(model)))
-    if args.lora_rank:
-        adapters = side_by_side(adapters, lora_adapters(model))
-        merge_lora(model)
-    return adapters
+    merge_lora(model)
 
 
 def main(argv=None):
@@ -783,6 +815,9 @@ def main(argv=None):
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, but the '
                          f'model takes {model.config.max_sequence_length}: lower one of them')
+    if args.world == 'nano' and not any(args.eval_data.values()):
+        print0(f'built-in problems in the manner of {", ".join(args.tasks)}; '
+               '--data FILE --eval_data FILE takes real ones')
     tests = test_sets(args, tokenizer)
     problems = None
     if 'grpo' in args.stages and not args.eval_only:
@@ -796,31 +831,33 @@ def main(argv=None):
             if target not in layers:
                 raise ValueError(f'--{name} {target}: choose from {", ".join(layers)}')
     if args.model == 'nano':
-        base_settings(args)                      # complains, if it must, before we write
+        base_of(args)                            # complains, if it must, before we write
     gather([])                                   # every process has looked before one writes
     os.makedirs(args.folder, exist_ok=True)
     write_json(args, 'config.json', vars(args))
-    start = args.model
     if args.model == 'nano':
-        start = nano_base(args, tokenizer)
-        model, tokenizer = load(start, weights_dtype, args.device)
-    adapters = load_adapter(args.adapter, model) if args.adapter else {}
+        model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
+    if args.adapter:
+        load_adapter(args.adapter, model)
     model.compute_dtype = dtype                  # of float32 weights, too: bfloat16 ones would not
     model.gradient_checkpointing = args.gradient_checkpointing    # notice steps of 3e-6
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
 
-    results = {}
-    if os.path.exists(os.path.join(args.folder, 'results.json')):
-        results = read_json(args.folder, 'results.json')
-    results['constant'] = constant_scores(args, tokenizer, tests)
-    evaluate(args, model, tokenizer, tests, 'base', results)
+    constant = constant_scores(args, tokenizer, tests)
+    write_json(args, 'results.json', dict(constant=constant) | read_results(args))
+    evaluate(args, model, tokenizer, tests, 'base')
     for stage in args.stages if not args.eval_only else []:
-        adapters = train_stage(args, stage, model, tokenizer, problems, traces, adapters)
-        evaluate(args, model, tokenizer, tests, stage, results)
+        train_stage(args, stage, model, tokenizer, problems, traces, tests)
+        evaluate(args, model, tokenizer, tests, stage)
     if not args.eval_only:
         save_model(os.path.join(args.folder, 'model'), model, tokenizer, args.model)
-        if args.lora_rank and rank() == 0:
-            save_adapter(os.path.join(args.folder, 'adapter'), model, adapters, start)
-    print0(table(args, results))
+        keep_adapter(args, model, 'adapter')
+    if args.compile:
+        graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
+        print0(f'{graphs} graphs were compiled for {len(model.blocks)} blocks')
+    print0(table(args, read_results(args)))
 
 
 def run(argv=None):

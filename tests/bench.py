@@ -66,7 +66,7 @@ def textbook_rollout(model, prompt_ids, gen_length, block_length, steps, tempera
     return ids[:, P:]
 
 
-def textbook_token_logps(model, ids, targets, scored=None, attention_mask=None):
+def textbook_token_logps(model, ids, targets, scored=None, attention_mask=None, temperature=None):
     """All logits, their log-softmax, and of that the targets."""
     logps = model(ids, attention_mask).log_softmax(-1)[:, -targets.size(1):]
     return logps.gather(-1, targets[..., None])[..., 0]
@@ -138,17 +138,23 @@ def build_rollout(case, model, prompt_ids, L, block):
     return once
 
 
+def one_step_ids(prompt_ids, completion_ids, prompt_mask, mask_id):
+    """ids (B, T): the prompt with holes, the completion all masks."""
+    import torch
+    prompt = prompt_ids.masked_fill(prompt_mask, mask_id)
+    return torch.cat((prompt, torch.full_like(completion_ids, mask_id)), dim=1)
+
+
 def build_logps(case, model, prompt_ids, completion_ids, prompt_masks):
     """Log-probs under four prompt masks, as before the updates of an iteration."""
     import torch
-    from loglik import one_step_view
     B, L = completion_ids.shape
     lengths = torch.linspace(L / 2, L, B).long()
     ended = torch.arange(L) < lengths[:, None] if case == 'ended' else None
 
     @torch.no_grad()
     def four_masks():
-        views = [one_step_view(prompt_ids, completion_ids, prompt_mask, model.config.mask_id)
+        views = [one_step_ids(prompt_ids, completion_ids, prompt_mask, model.config.mask_id)
                  for prompt_mask in prompt_masks]
         if case == 'textbook':
             targets = completion_ids.repeat(4, 1)
@@ -162,10 +168,9 @@ def build_backward(case, model, prompt_ids, completion_ids, prompt_mask):
     """The diffu-GRPO loss of a micro-batch and its gradient."""
     import torch
     from grpo import grpo_loss
-    from loglik import one_step_view
     token_logps = textbook_token_logps if case == 'textbook' else type(model).token_logps
     advantages = torch.linspace(-1, 1, len(completion_ids))
-    ids = one_step_view(prompt_ids, completion_ids, prompt_mask, model.config.mask_id)
+    ids = one_step_ids(prompt_ids, completion_ids, prompt_mask, model.config.mask_id)
 
     def backward():
         model.zero_grad()
@@ -183,7 +188,8 @@ def build_nano(section, case, quick):
     """An update of the nano base's pretraining, or the iteration of diffu-GRPO after it."""
     import train
     updates = 2 if quick or section == 'grpo' else 20
-    flags = f'--device cpu --stages grpo --grpo_steps 1 --base_steps {updates} --name run'
+    flags = (f'--device cpu --stages grpo --grpo_steps 1 --base_seed 0 --base_steps {updates} '
+             '--name run')
     flags += ' --eval_n 1 --eval_lengths 16'
     if section == 'pretrain':
         flags += ' --num_prompts 1 --num_iterations 1 --task gsm8k,math,countdown,sudoku,code'

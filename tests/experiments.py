@@ -1,11 +1,12 @@
 """The runs behind the README's results, over bases of different seeds. A script; hours on a CPU.
 
-    python tests/experiments.py                     all cells that are not in assets/results/ yet
-    python tests/experiments.py --bases 0 --tasks gsm8k math --kinds d1
-    python tests/experiments.py --table             only the tables
-A cell is one run of train.py: a base, a task, a kind. The base's seed is also the run's seed, so
-that the spread is what a user's own base and seed would give. A finished cell is a JSON line; stop
-at any time and repeat the command. Several processes may share the work if each has its own bases.
+    python tests/experiments.py                          all cells that are not in assets/results/
+    python tests/experiments.py --bases 0 --kinds base made d1 --tasks gsm8k
+    python tests/experiments.py --tables                 only the tables and figures
+A cell is a run of train.py for one base, one kind and one task; the base's seed is the run's seed,
+so that the spread is what a user's own base and seed would give. A finished cell is a JSON line of
+assets/results/nano.jsonl. Stop at any time and repeat the command; several processes may share the
+work if each has its own bases. Figures need matplotlib.
 """
 import argparse
 import json
@@ -14,64 +15,217 @@ import subprocess
 import sys
 import time
 
+import torch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESULTS = os.path.join(ROOT, 'assets', 'results', 'nano.jsonl')
+sys.path.insert(0, ROOT)
+ASSETS = os.path.join(ROOT, 'assets')
+RESULTS = os.path.join(ASSETS, 'results', 'nano.jsonl')
 TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
 ALL = ','.join(TASKS)
-KINDS = {                        # name -> flags of train.py
-    # the base made to think; with the line end, for the nano tokenizer has both as one token
-    'made': ['--eval_only', '--prefill', '<reasoning>\n'],
-    'grpo': ['--stages', 'grpo'],
-    'd1': ['--stages', 'sft,grpo'],
+# kind -> (tasks of one run, the model that it starts from, flags of train.py)
+KINDS = {
+    'base': ([ALL], 'base', '--stages sft'),     # the base and, one for all tasks, the SFT model
+    'made': ([ALL], 'base', '--eval_only --prefill <reasoning>'),
+    'grpo': (TASKS, 'base', '--stages grpo'),
+    'd1': (TASKS, 'sft', '--stages grpo'),
+    'all': ([ALL], 'sft', '--stages grpo'),      # as many problems in all as a run for one task
+    'all5': ([ALL], 'sft', '--stages grpo --grpo_steps 200'),
+    'long': (['gsm8k', 'math'], 'sft', '--stages grpo --grpo_steps 200 --eval_every 40'),
 }
-ONE_MODEL = {                    # one model for all tasks: as many problems in all, and five times
-    'all': ['--stages', 'sft,grpo', '--task', ALL],
-    'all5': ['--stages', 'sft,grpo', '--task', ALL, '--grpo_steps', '200'],
-}
+# The paper's ablations and the later methods, all from the SFT model.
+ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu}{flag}' for mu in (2, 12)
+             for kind, flag in (('random', ''), ('fixed', ' --fixed_mask'))}
+ABLATIONS |= {f'pmask{p}': f'--p_mask_prompt {p}' for p in (0, 0.3, 0.5, 0.7)}
+ABLATIONS |= {
+    'beta0': '--beta 0', 'k2': '--kl k2', 'std': '--divide_by_std', 'sequence': '--norm sequence',
+    'stable': '--loss stable', 'espo': '--loss espo --estimator coupled', 'wd1': '--loss wd1',
+    'coupled': '--estimator coupled', 'stepmerge4': '--estimator stepmerge --num_views 4',
+    'elbo2': '--estimator elbo --num_views 2'}
+KINDS |= {name: (['gsm8k', 'countdown'], 'sft', f'--stages grpo {flags}')
+          for name, flags in ABLATIONS.items()}
+MAIN = ['base', 'made', 'grpo', 'd1', 'all']
 
 
-def finished(path):
+def rows_of(path):
     if not os.path.exists(path):
         return []
     with open(path) as file:
         return [json.loads(line) for line in file]
 
 
-def run_cell(args, base, task, kind):
-    """Runs train.py for one cell and appends a line per stage, test set and length."""
-    flags = (KINDS | ONE_MODEL)[kind]
-    name = f'x-{kind}-{task}-{base}'
+def base_folder(args, base):
+    """Pretrains the base of this seed where it is not there yet; returns its folder."""
+    folder = os.path.join(args.out, f'base-{base}', 'model')
+    if not os.path.exists(folder):
+        train(args, f'made-{base}', f'--base_seed {base} --eval_only --eval_n 1 --seed {base}')
+    return folder
+
+
+def train(args, name, flags):
+    """A run of train.py, gone on with where it was begun; returns its folder and its command."""
     folder = os.path.join(args.out, name)
-    command = [sys.executable, os.path.join(ROOT, 'train.py'), '--task', task, *flags,
-               '--base_seed', str(base), '--seed', str(base), '--eval_lengths', '32,64',
-               '--name', name, '--out', args.out, *args.flags.split()]
-    if os.path.exists(os.path.join(folder, 'config.json')):
-        command.append('--resume')
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *flags.split(), '--name', name,
+               '--out', args.out]
+    resume = ['--resume'] if os.path.exists(os.path.join(folder, 'config.json')) else []
+    done = subprocess.run(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.stderr.decode())
+    return folder, ' '.join(['python train.py', *command[2:-4]])
+
+
+def run_cell(args, base, kind, tasks):
+    """Runs train.py for one cell and appends its JSON line."""
+    _, start, flags = KINDS[kind]
+    model = base_folder(args, base)
+    if start == 'sft':
+        model = os.path.join(args.out, f'x-base-{base}', 'model')
+        if not os.path.exists(model):
+            run_cell(args, base, 'base', ALL)
+    name = f'x-{kind}-{base}' + (f'-{tasks}' if tasks != ALL else '')
+    folder = os.path.join(args.out, name)
+    if kind not in ('base', 'made'):             # where it starts has been evaluated already
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, 'results.json')
+        known = {row['kind']: row for row in rows_of(args.results) if row['base'] == base}
+        if 'base' in known and not os.path.exists(path):
+            stage = 'base' if start == 'base' else 'sft'
+            scores = {task: known['base']['results'][stage][task] for task in tasks.split(',')}
+            with open(path, 'w') as file:
+                json.dump(dict(base=scores), file)
     began = time.time()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds = time.time() - began
+    folder, command = train(args, name, f'--model {model} --task {tasks} --seed {base} {flags} '
+                            f'{args.flags}')
     with open(os.path.join(folder, 'results.json')) as file:
         results = json.load(file)
-    log = finished(os.path.join(folder, 'log.jsonl'))
-    rows = [row for row in log if row['stage'] == 'grpo']
-    curve = {name: [round(row[name], 4) for row in rows]
-             for name in ('reward', 'length', 'kl', 'grad_norm')} if rows else {}
+    log = [row for row in rows_of(os.path.join(folder, 'log.jsonl')) if row['stage'] == 'grpo']
+    curve = {key: [round(row[key], 4) for row in log]
+             for key in ('reward', 'length', 'kl', 'grad_norm', 'seconds') if log}
+    cell = dict(base=base, kind=kind, tasks=tasks, command=command, seconds=time.time() - began,
+                threads=torch.get_num_threads(), results=results, curve=curve)
     with open(args.results, 'a') as file:
-        cell = dict(base=base, task=task, kind=kind, flags=' '.join(command[2:]), seconds=seconds,
-                    results=results, curve=curve)
         file.write(json.dumps(cell) + '\n')
+    print(base, kind, tasks, f'{cell["seconds"]:.0f} s', flush=True)
 
 
-def cells(args):
-    """Every (base, task, kind) that was asked for; one model for all comes after single tasks."""
-    for base in args.bases:
-        for kind in args.kinds:
-            if kind in ONE_MODEL:
-                yield base, 'all', kind
-            else:
-                for task in args.tasks:
-                    yield base, task, kind
+# ---- the dose of SFT, by its own held-out loss ----
 
+def dose(args, base):
+    """Held-out SFT loss after other numbers of updates and learning rates; to dose.jsonl."""
+    import tempfile
+
+    import train as product
+    from model import load
+    from sample import random_stream
+    from sft import Traces, clean_trace, encode_traces
+    for steps in (0, 20, 60):
+        for learning_rate in (1e-5, 3e-5, 1e-4, 3e-4) if steps else (0.0,):
+            model, tokenizer = load(base_folder(args, base))
+            settings = product.parse(['--seed', str(base)])
+            parts = []
+            for numbers in (range(100), range(10_000, 10_200)):  # the SFT set, and held out
+                traces = [clean_trace(random_stream('sft', i)) for i in numbers]
+                pairs, _, _ = encode_traces(traces, tokenizer, 64, 32)
+                parts.append(Traces(pairs, 32, 32, model.config, base, 'cpu'))
+            with tempfile.TemporaryDirectory() as settings.folder:
+                if steps:
+                    optimizer = product.adamw(model, learning_rate, 0.1)
+                    product.train_sft(settings, 'sft', model, [optimizer], parts[0], steps)
+                still = torch.optim.SGD(model.parameters(), 0.0)
+                product.train_sft(settings, 'held-out', model, [still], parts[1], 12)
+                losses = [row['loss'] for row in product.read_log(settings, 'log.jsonl')
+                          if row['stage'] == 'held-out']
+            line = dict(base=base, steps=steps, learning_rate=learning_rate,
+                        held_out=sum(losses) / len(losses))
+            print(line, flush=True)
+            with open(os.path.join(os.path.dirname(args.results), 'dose.jsonl'), 'a') as file:
+                file.write(json.dumps(line) + '\n')
+
+
+# ---- the mean field against the exact likelihood ----
+
+def truth(args, base, task, stage, num_groups=8, draws=4):
+    """Each estimator against the exact log-likelihood of rollouts, and its gradient likewise.
+
+    Rollouts at temperature 0.9 whose positions are chosen by 'top_prob', for which the product
+    along the rollout is exact (loglik.exact_logps). Appends a JSON line to truth.jsonl.
+    """
+    import train as product
+    from grpo import rollout
+    from loglik import completion_logps, draw_views, exact_logps, random_prompt_mask
+    from model import load
+    from sample import torch_stream
+    folder = base_folder(args, base)
+    if stage == 'd1':
+        folder = os.path.join(args.out, f'x-d1-{base}-{task}', 'model')
+    model, tokenizer = load(folder)
+    settings = product.parse(['--task', task, '--seed', str(1000 + base)])
+    problems = product.Problems(settings, tokenizer)
+    sampling = dict(product.sampling_knobs(settings), gen_length=32, steps=16, temperature=0.9,
+                    remasking='top_prob')
+    cases = {f'one_step, p_mask {p}': ('one_step', 1, p) for p in (0, 0.15, 0.3, 0.5)}
+    cases |= {'coupled': ('coupled', 2, 0.15), 'coupled, p_mask 0': ('coupled', 2, 0)}
+    cases |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 16)}
+    cases |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
+    found = {name: dict(bias=[], std=[], rank=[], cosine=[], norm=[], forwards=n)
+             for name, (_, n, _) in cases.items()}
+    exact_gradient, sums = 0, {name: 0 for name in cases}
+
+    def gradient(logps, advantages):
+        model.zero_grad()
+        (logps.sum(1) * advantages).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    groups, k = [], 0
+    while len(groups) < num_groups and k < 200:  # a group whose rewards are equal has no gradient
+        [group] = rollout(model, tokenizer, [(k, *problems.draw(k))], 8, sampling, base, 0)
+        k += 1
+        if group.advantages.abs().max() > 0:
+            groups.append(group)
+    for group in groups:
+        texts = group.prompt_ids, group.completion_ids
+        logps = exact_logps(model, *texts, group.order, group.completion_mask, 8, 0.9)
+        exact = logps.detach().sum(1)
+        true_gradient = gradient(logps, group.advantages)
+        exact_gradient = exact_gradient + true_gradient
+        for name, (estimator, num_views, p_mask) in cases.items():
+            fixed = estimator == 'stepmerge' or (estimator == 'one_step' and not p_mask)
+            sequence, gradients = [], []
+            for draw in range(1 if fixed else draws):
+                stream = torch_stream('cpu', base, 'truth', group.k, draw)
+                views = draw_views(estimator, num_views, group.order, stream)
+                prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
+                logps = completion_logps(model, *texts, prompt_mask, group.completion_mask, views)
+                sequence.append(logps.detach().sum(1))
+                gradients.append(gradient(logps, group.advantages))
+            sequence, gradients = torch.stack(sequence), torch.stack(gradients)
+            row = found[name]
+            row['bias'] += (sequence.mean(0) - exact).tolist()
+            row['std'] += sequence.std(0).tolist() if len(sequence) > 1 else [0.0]
+            row['rank'] += [rank_correlation(line, exact) for line in sequence]
+            row['cosine'] += gradients.mul(true_gradient).sum(1).div(
+                gradients.norm(dim=1) * true_gradient.norm()).tolist()
+            row['norm'] += (gradients.norm(dim=1) / true_gradient.norm()).tolist()
+            sums[name] = sums[name] + gradients[0]
+    for name, row in found.items():
+        total = torch.nn.functional.cosine_similarity(sums[name], exact_gradient, dim=0)
+        found[name] = {key: round(sum(values) / len(values), 4) for key, values in row.items()
+                       if isinstance(values, list) and values}
+        found[name] |= dict(forwards=row['forwards'], total_cosine=round(total.item(), 4))
+    line = dict(base=base, task=task, stage=stage, groups=len(groups), completions=8 * len(groups),
+                draws=draws, estimators=found)
+    with open(os.path.join(os.path.dirname(args.results), 'truth.jsonl'), 'a') as file:
+        file.write(json.dumps(line) + '\n')
+    print('truth', base, task, stage, flush=True)
+
+
+def rank_correlation(a, b):
+    """Spearman's, of two tensors (n,)."""
+    a, b = a.argsort().argsort().float(), b.argsort().argsort().float()
+    return torch.corrcoef(torch.stack((a, b)))[0, 1].item()
+
+
+# ---- tables ----
 
 def spread(values, scale=100):
     """'mean (lowest to highest)'"""
@@ -81,24 +235,181 @@ def spread(values, scale=100):
     return f'{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})'
 
 
-def table(rows, length):
+def scores(rows, kind, stage, task, length, key='accuracy'):
+    return [row['results'][stage][task][str(length)][key] for row in rows
+            if row['kind'] == kind and task in row['results'].get(stage, {})]
+
+
+def main_table(rows, length):
     """Accuracy in % of every stage at one completion length; effective tokens beside it."""
-    columns = [('grpo', 'base', 'base'), ('made', 'base', 'base made to think'),
-               ('d1', 'sft', '+ SFT'), ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1'),
-               ('all', 'grpo', 'd1, one model for all'), ('all5', 'grpo', '5 times longer')]
-    print(f'\nAccuracy in % at {length} tokens: mean over bases (lowest to highest)\n')
-    print('| task | ' + ' | '.join(name for _, _, name in columns) + ' | tokens: base, d1 |')
+    columns = [('base', 'base', 'base'), ('made', 'base', 'base made to think'),
+               ('base', 'sft', '+ SFT'), ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1'),
+               ('all', 'grpo', 'one d1 for all'), ('all5', 'grpo', '5 times longer')]
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
+    print(f'\nAccuracy in % at {length} tokens, mean (lowest to highest) over bases {bases}\n')
+    print('| task | ' + ' | '.join(name for *_, name in columns) + ' | tokens: base, d1 |')
     print('| --- ' * (len(columns) + 2) + '|')
     for task in TASKS:
-        line, tokens = f'| {task} ', {}
-        for kind, stage, name in columns:
-            found = [row['results'][stage][task][str(length)] for row in rows
-                     if row['kind'] == kind and task in row['results'].get(stage, {})]
-            line += f"| {spread([score['accuracy'] for score in found])} "
-            tokens[name] = spread([score['effective_tokens'] for score in found], 1).split()[0]
-        print(line + f"| {tokens['base']}, {tokens['d1']} |")
-    bases = sorted({row['base'] for row in rows})
-    print(f'\nbases and seeds {bases}')
+        cells = [spread(scores(rows, kind, stage, task, length)) for kind, stage, _ in columns]
+        tokens = [spread(scores(rows, kind, stage, task, length, 'effective_tokens'), 1).split()[0]
+                  for kind, stage in (('base', 'base'), ('d1', 'grpo'))]
+        print(f'| {task} | ' + ' | '.join(cells) + f' | {", ".join(tokens)} |')
+
+
+def ablation_table(rows):
+    print('\n| from the SFT model | ' + ' | '.join(KINDS['k2'][0]) + ' | seconds per iteration |')
+    print('| --- ' * (len(KINDS['k2'][0]) + 2) + '|')
+    for kind in ['d1', *ABLATIONS]:
+        cells = [spread(scores(rows, kind, 'grpo', task, 32)) for task in KINDS['k2'][0]]
+        seconds = [sum(row['curve']['seconds']) / len(row['curve']['seconds']) for row in rows
+                   if row['kind'] == kind]
+        if seconds:
+            print(f'| {ABLATIONS.get(kind, "d1")} | ' + ' | '.join(cells)
+                  + f' | {sum(seconds) / len(seconds):.2f} |')
+
+
+def truth_table(rows):
+    names = ('forwards', 'bias', 'std', 'rank', 'cosine', 'norm', 'total_cosine')
+    for stage in ('base', 'd1'):
+        lines = [row for row in rows if row['stage'] == stage]
+        if lines:
+            print(f'\n{stage}: {sum(row["groups"] for row in lines)} groups of 8, bases '
+                  f'{sorted({row["base"] for row in lines})}\n')
+            print('| estimator | ' + ' | '.join(names) + ' |\n' + '| --- ' * (len(names) + 1) + '|')
+        for name in lines[0]['estimators'] if lines else []:
+            means = [sum(row['estimators'][name][key] for row in lines) / len(lines)
+                     for key in names]
+            print(f'| {name} | ' + ' | '.join(f'{value:.3g}' for value in means) + ' |')
+
+
+# ---- figures, readable on light and dark pages ----
+
+GREY, COLOURS = '#808080', ['#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#a855f7']
+NAMES = dict(gsm8k='word problems', math='equations', countdown='Countdown', sudoku='Sudoku',
+             code='code')
+
+
+def new_figure(columns, height=2.6):
+    import matplotlib
+    matplotlib.use('svg')
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({
+        'text.color': GREY, 'axes.labelcolor': GREY, 'axes.edgecolor': GREY, 'xtick.color': GREY,
+        'ytick.color': GREY, 'axes.titlecolor': GREY, 'font.size': 9, 'legend.frameon': False,
+        'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'd1'})
+    figure, axes = plt.subplots(1, columns, figsize=(8, height), squeeze=False)
+    return figure, axes[0]
+
+
+def save(figure, name):
+    figure.tight_layout()
+    figure.savefig(os.path.join(ASSETS, name + '.svg'), transparent=True,
+                   metadata=dict(Date=None))
+    print(f'assets/{name}.svg')
+
+
+def band(axis, curves, label, colour, smooth=3):
+    """Mean over runs, with the lowest and the highest as a band."""
+    n = min(map(len, curves))
+    curves = torch.tensor([curve[:n] for curve in curves])
+    kernel = torch.ones(1, 1, smooth) / smooth
+    padded = torch.nn.functional.pad(curves[:, None], (smooth // 2, smooth // 2), 'replicate')
+    curves = torch.nn.functional.conv1d(padded, kernel)[:, 0]
+    x = range(1, n + 1)
+    axis.plot(x, curves.mean(0), color=colour, label=label)
+    axis.fill_between(x, curves.min(0).values, curves.max(0).values, color=colour, alpha=0.2)
+
+
+def learning_figure(rows):
+    figure, axes = new_figure(2)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
+    for task, colour in zip(TASKS, COLOURS):
+        curves = [row['curve'] for row in rows if row['kind'] == 'd1' and row['tasks'] == task]
+        if not curves:
+            continue
+        highest = dict(gsm8k=4, math=3, countdown=1, sudoku=1, code=1.5)[task]
+        band(axes[0], [[r / highest for r in c['reward']] for c in curves], NAMES[task], colour)
+        band(axes[1], [c['length'] for c in curves], NAMES[task], colour)
+    axes[0].set(xlabel='iteration of diffu-GRPO', ylabel='reward / highest possible', ylim=(0, 1))
+    axes[1].set(xlabel='iteration of diffu-GRPO', ylabel='tokens per completion')
+    axes[0].legend(fontsize=7, ncols=2)
+    figure.suptitle(f'd1 on the nano model: mean and range over bases {bases}', fontsize=9)
+    save(figure, 'learning')
+
+
+def results_figure(rows):
+    figure, [ours, paper] = new_figure(2)
+    stages = [('base', 'base', 'base'), ('base', 'sft', '+ SFT'),
+              ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1')]
+    for i, (kind, stage, label) in enumerate(stages):
+        for j, task in enumerate(TASKS):
+            found = [100 * score for score in scores(rows, kind, stage, task, 32)]
+            if found:
+                mean = sum(found) / len(found)
+                ours.bar(j + 0.2 * i, mean, 0.2, color=COLOURS[i],
+                         yerr=[[mean - min(found)], [max(found) - mean]], ecolor=GREY,
+                         label=label if j == 0 else None)
+    table = [[76.7, 32.4, 19.5, 6.7], [78.8, 32.6, 14.5, 8.5], [79.8, 37.2, 31.3, 12.9],
+             [81.1, 38.6, 32.0, 16.7]]           # the paper's Table 1, 256 tokens
+    for i, line in enumerate(table):
+        for j, value in enumerate(line):
+            paper.bar(j + 0.2 * i, value, 0.2, color=COLOURS[i])
+    ours.set_xticks([j + 0.3 for j in range(5)], [NAMES[task] for task in TASKS], fontsize=7)
+    paper.set_xticks([j + 0.3 for j in range(4)], ['GSM8K', 'MATH500', 'Countdown', 'Sudoku cells'],
+                     fontsize=7)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
+    ours.set(ylabel='accuracy, %', ylim=(0, 100), title=f'nano model, n = 512, bases {bases}')
+    paper.set(ylim=(0, 100), title="LLaDA-8B, the paper's Table 1 (256 tokens)")
+    ours.legend(fontsize=7, ncols=2)
+    save(figure, 'results')
+
+
+def truth_figure(rows):
+    figure, axes = new_figure(3, 3.0)
+    families = dict(one_step='one step (d1)', coupled='coupled', stepmerge='StepMerge',
+                    elbo='ELBO (another quantity)')
+    for (family, label), colour in zip(families.items(), COLOURS):
+        names = [name for name in rows[0]['estimators'] if name.startswith(family)
+                 and ('p_mask 0' not in name or name.endswith('p_mask 0'))]
+        names = [name for name in names if not (family == 'coupled' and 'p_mask' not in name)]
+        for axis, key in zip(axes, ('bias', 'rank', 'cosine')):
+            points = []
+            for name in names:
+                values = [row['estimators'][name][key] for row in rows]
+                points.append((rows[0]['estimators'][name]['forwards'], sum(values) / len(values),
+                               min(values), max(values)))
+            x, mean, low, high = zip(*sorted(points))
+            errors = [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]]
+            axis.errorbar(x, mean, yerr=errors, marker='o', color=colour, label=label, capsize=2)
+    axes[0].set(ylabel='log p - exact log p (bias)')
+    axes[1].set(ylabel='rank correlation in a group', ylim=(None, 1.02))
+    axes[2].set(ylabel='cosine with the exact gradient', ylim=(0, 1.02))
+    for axis in axes:
+        axis.set(xscale='log', xlabel='forward passes')
+        axis.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+    axes[0].legend(fontsize=7)
+    bases, tasks = ({row[key] for row in rows} for key in ('base', 'task'))
+    figure.suptitle(f'{sum(row["groups"] for row in rows)} groups of 8 rollouts, bases '
+                    f'{sorted(bases)}, tasks {", ".join(sorted(tasks))}, base and d1 models: mean '
+                    'and range', fontsize=8)
+    save(figure, 'truth')
+
+
+def ablation_figure(rows):
+    figure, axes = new_figure(3)
+    for axis, names, title in (
+            (axes[0], ['mu2-random', 'mu2-fixed', 'mu12-random', 'mu12-fixed'], 'prompt masks'),
+            (axes[1], ['pmask0', 'd1', 'pmask0.3', 'pmask0.5', 'pmask0.7'], 'p_mask'),
+            (axes[2], ['d1', 'beta0', 'k2', 'stable', 'espo'], 'KL and loss')):
+        for name, colour in zip(names, COLOURS):
+            curves = [row['curve']['reward'] for row in rows
+                      if row['kind'] == name and row['tasks'] == 'gsm8k']
+            if curves:
+                band(axis, curves, 'pmask0.15' if name == 'd1' and axis is axes[1] else name,
+                     colour, 5)
+        axis.set(xlabel='iteration', ylabel='reward', title=title)
+        axis.legend(fontsize=7)
+    save(figure, 'ablations')
 
 
 def main():
@@ -106,22 +417,48 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
     p.add_argument('--tasks', nargs='*', default=TASKS, choices=TASKS)
-    p.add_argument('--kinds', nargs='*', default=[*KINDS, *ONE_MODEL],
-                   choices=[*KINDS, *ONE_MODEL])
+    p.add_argument('--kinds', nargs='*', default=[*KINDS, 'truth'],
+                   choices=[*KINDS, 'truth', 'dose'])
     p.add_argument('--out', default='out', help='where the runs are kept')
     p.add_argument('--results', default=RESULTS)
     p.add_argument('--flags', default='', help='more flags for every run')
-    p.add_argument('--table', action='store_true', help='only print what is there')
+    p.add_argument('--tables', action='store_true', help='only print what is there')
     args = p.parse_args()
     os.makedirs(os.path.dirname(args.results), exist_ok=True)
-    if not args.table:
-        for cell in cells(args):
-            done = {(row['base'], row['task'], row['kind']) for row in finished(args.results)}
-            if cell not in done:
-                run_cell(args, *cell)
-                print(*cell, flush=True)
+    truth_file = os.path.join(os.path.dirname(args.results), 'truth.jsonl')
+    for base in args.bases if not args.tables else []:
+        for kind in args.kinds:
+            if kind == 'dose':
+                dose(args, base)
+                continue
+            if kind == 'truth':
+                done = {(row['base'], row['task'], row['stage']) for row in rows_of(truth_file)}
+                for task in args.tasks:
+                    for stage in ('base', 'd1'):
+                        if (base, task, stage) not in done:
+                            truth(args, base, task, stage)
+                continue
+            for tasks in KINDS[kind][0]:
+                done = {(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)}
+                wanted = tasks == ALL or tasks in args.tasks
+                if wanted and (base, kind, tasks) not in done:
+                    run_cell(args, base, kind, tasks)
+    rows = rows_of(args.results)
     for length in (32, 64):
-        table(finished(args.results), length)
+        main_table(rows, length)
+    ablation_table(rows)
+    truth_rows = rows_of(truth_file)
+    truth_table(truth_rows)
+    try:
+        import matplotlib                        # noqa: F401
+    except ImportError:
+        print('no figures: pip install matplotlib')
+        return
+    learning_figure(rows)
+    results_figure(rows)
+    ablation_figure(rows)
+    if truth_rows:
+        truth_figure(truth_rows)
 
 
 if __name__ == '__main__':

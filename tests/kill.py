@@ -19,7 +19,7 @@ import torch
 import rewards
 import train
 
-FLAGS = ('--base_steps 6 --sft_steps 10 --sft_batch 8 --grpo_steps 6 --num_prompts 2 '
+FLAGS = ('--base_seed 0 --base_steps 6 --sft_steps 10 --sft_batch 8 --grpo_steps 6 --num_prompts 2 '
          '--num_generations 4 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 '
          '--sft_length 32 --eval_n 4 --eval_lengths 8,16 --save_every 2 --name run').split()
 KINDS = ('base', 'sft', 'grpo', 'write')
@@ -139,7 +139,7 @@ def main(n=20):
     whole = content(os.path.join(top, 'whole'))
     log = whole['run/log.jsonl']
     assert len({row['loss'] for row in log}) == 16, 'the run that all are compared with must move'
-    for folder in ('base-0-gsm8k', 'run'):
+    for folder in ('base-0', 'run'):
         with open(os.path.join(top, 'whole', folder, 'log.jsonl')) as file:
             for row in map(json.loads, file):
                 seconds[row['stage']] = seconds.get(row['stage'], 0) + row['seconds']

@@ -21,7 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from loglik import completion_logps
-from model import Config, LLaDA, add_lora, merge_lora
+from model import Config, LLaDA, add_lora, lora_layers, merge_layer
 from sample import choose
 
 torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True     # every token is scored
@@ -126,6 +126,12 @@ def adamw_step(model):
     torch.optim.AdamW(trained(model), 3e-6, foreach=True).step()
 
 
+def merge(model):
+    """What merge_lora does on the device; the adapters' copies go to the CPU."""
+    for layer in lora_layers(model):
+        merge_layer(layer)
+
+
 def peak(step, *arguments):
     """The most bytes that the step holds beside what stood before it."""
     with Live() as live:
@@ -154,7 +160,7 @@ def rows(config, lora_rank, settings):
             grpo_pass, model, 1, P, sft_length)
     passing[f'rollout step, {G} x {P + L}'] = peak(rollout_step, model, G, P + L, block_length)
     passing["AdamW's temporaries"] = peak(adamw_step, model) - 2 * weights   # without the moments
-    passing['merging the adapters'] = peak(merge_lora, model) if lora_rank else 0
+    passing['merging the adapters'] = peak(merge, model) if lora_rank else 0
     found = {**standing, **passing}
     for kind, other in (('with', 'without'), ('without', 'with')):
         most = max(passing[name] for name in passing if f' {other} ' not in name)

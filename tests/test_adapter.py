@@ -12,15 +12,13 @@ from safetensors.torch import load_file
 
 import rewards
 import train
-from model import (LLaDA, add_lora, load_adapter, lora_adapters, merge_lora, save_adapter,
-                   side_by_side)
+from model import LLaDA, add_lora, load_adapter, merge_lora, save_adapter
 from test_train import run, saved_model, varied_grade
 from tiny import tiny, tokens
 
 
 def trained_twice(model):
-    """The adapters of two stages with layers, ranks and scales of their own, merged one by one."""
-    adapters = {}
+    """The model with two stages' adapters merged, of layers, ranks and scales of their own."""
     for seed, (rank, alpha, targets) in enumerate([(4, 16, ('q_proj', 'v_proj')),
                                                    (2, 3, ('q_proj', 'up_proj'))]):
         add_lora(model, rank, alpha, targets, seed)
@@ -28,15 +26,14 @@ def trained_twice(model):
         for name, p in model.named_parameters():
             if name.endswith('lora_b'):
                 p.data.normal_(0, 0.2, generator=g)
-        adapters = side_by_side(adapters, lora_adapters(model))
         merge_lora(model)
-    return adapters
+    return model
 
 
 @torch.no_grad()
 def test_an_adapter_on_the_original_model_is_the_trained_model(tmp_path):
-    model, ids = tiny(), tokens(2, 9)
-    save_adapter(tmp_path, model, trained_twice(model), 'base/name')
+    model, ids = trained_twice(tiny()), tokens(2, 9)
+    save_adapter(tmp_path, model, 'base/name')
     assert (model(ids) - tiny()(ids)).abs().max() > 0.1
     again = tiny()
     load_adapter(tmp_path, again)
@@ -44,9 +41,9 @@ def test_an_adapter_on_the_original_model_is_the_trained_model(tmp_path):
 
 
 def test_names_ranks_and_numbers_are_those_of_peft(tmp_path):
-    model = tiny()
+    model = trained_twice(tiny())
     before = tiny().state_dict()
-    save_adapter(tmp_path, model, trained_twice(model), 'base/name')
+    save_adapter(tmp_path, model, 'base/name')
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
     assert config['peft_type'] == 'LORA' and config['base_model_name_or_path'] == 'base/name'
     assert config['target_modules'] == ['q_proj', 'up_proj', 'v_proj']
@@ -63,8 +60,7 @@ def test_names_ranks_and_numbers_are_those_of_peft(tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
-    model = tiny()
-    save_adapter(tmp_path, model, trained_twice(model), '')
+    save_adapter(tmp_path, trained_twice(tiny()), '')
     with pytest.raises(ValueError, match='another model'):
         load_adapter(tmp_path, tiny(n_layers=1))
 
@@ -73,7 +69,7 @@ def test_a_run_leaves_an_adapter_that_gives_its_model(tmp_path, monkeypatch):
     task = rewards.TASKS['gsm8k']._replace(grade=varied_grade)
     monkeypatch.setitem(rewards.TASKS, 'gsm8k', task)
     folder = run(tmp_path, 'lora', '--lora_rank', '4', '--learning_rate', '1e-2')
-    model = LLaDA.from_pretrained(tmp_path / 'base-0-gsm8k' / 'model')
+    model = LLaDA.from_pretrained(tmp_path / 'base-0' / 'model')
     load_adapter(folder / 'adapter', model)
     for name, tensor in saved_model(folder).items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-5, rtol=0)
@@ -95,7 +91,7 @@ def with_peft():
         folder = Path(folder)
         qwen3_folder(folder / 'base', tied=True)
         model = LLaDA.from_pretrained(folder / 'base')
-        save_adapter(folder / 'adapter', model, trained_twice(model), str(folder / 'base'))
+        save_adapter(folder / 'adapter', trained_twice(model), str(folder / 'base'))
         model.save_pretrained(folder / 'merged')
         ids = tokens(2, 9, high=200)
         base = Qwen3ForCausalLM.from_pretrained(folder / 'base')

@@ -33,7 +33,7 @@ FILES = {
     'item.json': dict(generations=[ITEM]),
     'begun/config.json': dict(beta=0.04, seed=0),
     'spoilt/config.json': '{',
-    'base-0-gsm8k/base.json': dict(base_seed=9, base_steps=1),
+    'base-0/base.json': dict(base_seed=9, base_steps=1),
 }
 MODELS = {                   # a file of a whole model's folder, and what is put in its place
     'whole': None,
@@ -74,7 +74,7 @@ BAD = [
     ('train.py --out F --name begun', 'begun exists: --resume.*--name'),
     ('train.py --out F --name begun --resume --beta 0.1', '--beta is 0.1.*0.04.*--name'),
     ('train.py --out F --name spoilt --resume', 'spoilt/config.json'),
-    ('train.py --out F --name new', 'base-0-gsm8k.*remove it'),
+    ('train.py --out F --name new', 'base-0.*remove it'),
     # data
     ('train.py --data F/good.jsonl', 'give --eval_data'),
     ('train.py --task gsm8k,math --eval_data F/good.jsonl', 'one file for each of 2 tasks'),

@@ -21,7 +21,7 @@ def numbers(section, case):
 
 @pytest.mark.parametrize('section, case, tolerance', [
     ('rollout', 'plain', 0), ('rollout', 'exact', 0), ('logps', 'ours', 1e-5),
-    ('backward', 'ours', 1e-5), ('pretrain', 'ours', 1e-5)])
+    ('backward', 'ours', 1e-5), ('pretrain', 'ours', 1e-3)])        # Muon rounds to bfloat16
 def test_our_numbers_are_the_textbooks(section, case, tolerance):
     ours, theirs = numbers(section, case), numbers(section, 'textbook')
     assert len(set(theirs)) > 1, 'a model without opinions would prove nothing'

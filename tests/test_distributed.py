@@ -97,8 +97,9 @@ def test_a_run_of_two_processes_is_finished_by_one(out, kind):
 
 def test_two_processes_pretrain_the_base_that_one_does(out, tmp_path):
     run(tmp_path, 'one', 'all', '--eval_only')
-    ours, theirs = saved_model(tmp_path / 'base-0-gsm8k'), saved_model(out / 'base-0-gsm8k')
-    close(ours, theirs)
+    ours, theirs = saved_model(tmp_path / 'base-0'), saved_model(out / 'base-0')
+    for name in ours:                            # Muon rounds to bfloat16: the last digits differ
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
     new = load('nano')[0].state_dict()
     assert not any(torch.equal(ours[name], new[name]) for name in ours)
 

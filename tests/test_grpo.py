@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 
 import rewards
 import train
-from grpo import completion_mask, fixed_logps, group_advantages, grpo_loss, rollout
-from loglik import completion_logps, random_prompt_mask
+from grpo import (completion_mask, espo_loss, fixed_logps, group_advantages, grpo_loss, policy_loss,
+                  rollout, stable_loss, wd1_loss)
+from loglik import completion_logps, draw_views, random_prompt_mask
 from model import LLaDA, add_lora
 from tiny import EOS, GOLDEN, MASK, bias, tiny, tokens
 
@@ -236,21 +237,98 @@ def test_fixed_logps_are_those_of_every_mask_in_calls_of_few_rows(monkeypatch, k
     for seed in range(3):                        # mu = 3
         g = torch.Generator().manual_seed(seed)
         group.prompt_masks.append(random_prompt_mask(group.prompt_ids, 0.5, g))
+        group.views.append(draw_views('coupled', 2, group.order, g))
     sizes = []
     model.wte.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     for batch in (1, 5, 100):
         sizes.clear()
-        found = fixed_logps(model, reference, group, 0.04, batch)
+        found = fixed_logps(model, reference, group, 'grpo', 0.04, batch)
         assert max(sizes) == min(batch, 12)
         for policy, all_logps in zip((model, start), found):
             assert len(all_logps) == 3
-            for logps, prompt_mask in zip(all_logps, group.prompt_masks):
+            for logps, prompt_mask, views in zip(all_logps, group.prompt_masks, group.views):
                 assert not logps.requires_grad
                 expected = completion_logps(policy, group.prompt_ids, group.completion_ids,
-                                            prompt_mask, group.completion_mask)
+                                            prompt_mask, group.completion_mask, views)
                 torch.testing.assert_close(logps, expected.detach())
         assert (found[0][0] - found[1][0]).abs().max() > 0.01
-    assert fixed_logps(model, None, group, 0.0, 12)[1] == [None] * 3
+    assert fixed_logps(model, None, group, 'grpo', 0.0, 12)[1] == [None] * 3
+    assert fixed_logps(None, None, group, 'wd1', 0.04, 12) == ([None] * 3, [None] * 3)
+
+
+# ---- other losses ----
+
+def a_group():
+    """logps that want a gradient, old and reference log-probs, advantages, a mask with an end."""
+    g = torch.Generator().manual_seed(0)
+    logps, old_logps, ref_logps = (torch.randn(3, 4, generator=g) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    return logps.requires_grad_(), old_logps, ref_logps, torch.tensor([1.0, -2.0, 1.0]), mask
+
+
+def test_espo_has_one_ratio_per_sequence_of_its_mean_log_probs():
+    logps, old_logps, ref_logps, A, mask = a_group()
+    expected = 0
+    for row in range(3):
+        keep = mask[row]
+        ratio = (logps - old_logps)[row, keep].mean().exp()
+        kl = (logps - ref_logps)[row, keep].mean() ** 2 / 2
+        expected += (0.1 * kl - min(ratio * A[row], ratio.clamp(0.8, 1.2) * A[row])) / 3
+    loss, stats = espo_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)
+    torch.testing.assert_close(loss, expected)
+    assert stats['clip_high'] + stats['clip_low'] > 0
+
+
+def test_stable_drl_bounds_a_ratio_that_grpo_lets_through():
+    """A token of negative advantage whose ratio is 1000 because of noise."""
+    logps = torch.tensor([[0.0, 0.0]], requires_grad=True)
+    arguments = logps, torch.tensor([[-6.9, 0.0]]), None, torch.tensor([-1.0]), torch.ones(1, 2)
+    gradients = []
+    for loss in (grpo_loss, stable_loss):
+        value, _ = loss(*arguments, epsilon=0.2, beta=0.0)
+        gradients.append(torch.autograd.grad(value, logps)[0])
+    assert gradients[0][0, 0] > 100 and gradients[1].abs().max() < 1
+    logps, old_logps, ref_logps, A, mask = a_group()
+    ratio = (logps - old_logps).exp().clamp(0.8, 1.2)[mask]
+    kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1
+    rows = A[:, None].expand(3, 4)[mask]
+    expected = 0.1 * kl[mask].mean() - (ratio * rows).sum() / ratio.sum()
+    torch.testing.assert_close(stable_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)[0],
+                               expected)
+
+
+def test_wd1_weighs_log_probs_by_softmaxes_of_the_advantages():
+    logps, _, _, A, mask = a_group()
+    means = torch.stack([logps[row, mask[row]].mean() for row in range(3)])
+    e, f = A.exp(), (-A).exp()
+    expected = ((f / f.sum() - e / e.sum()) * means).sum()
+    torch.testing.assert_close(wd1_loss(logps, A, mask)[0], expected)
+
+
+def test_each_kind_of_loss_is_reached_and_its_knobs_with_it():
+    arguments = a_group()
+    knobs = dict(epsilon=0.3, beta=0.2, norm='sequence', kl_estimate='k2')
+    found = {kind: policy_loss(*arguments, kind, **knobs)[0].item()
+             for kind in ('grpo', 'espo', 'stable', 'wd1')}
+    logps, _, _, A, mask = arguments
+    assert found == dict(grpo=grpo_loss(*arguments, 0.3, 0.2, 'sequence', 'k2')[0].item(),
+                         espo=espo_loss(*arguments, 0.3, 0.2)[0].item(),
+                         stable=stable_loss(*arguments, 0.3, 0.2)[0].item(),
+                         wd1=wd1_loss(logps, A, mask)[0].item())
+    assert len(set(found.values())) == 4
+
+
+def test_the_k2_estimate_of_the_kl_is_half_the_squared_difference():
+    logps, old_logps, ref_logps, A, mask = a_group()
+    stats = grpo_loss(logps, old_logps, ref_logps, A, mask, kl_estimate='k2')[1]
+    expected = ((logps - ref_logps)[mask] ** 2 / 2).mean().item()
+    assert stats['kl'] == pytest.approx(expected)
+
+
+def test_advantages_may_be_divided_by_the_std_of_their_group():
+    rewards = torch.tensor([0.0, 2.0, 1.0, 1.0])
+    found = group_advantages(rewards, 2, divide_by_std=True)
+    torch.testing.assert_close(found, torch.tensor([-1, 1, 0, 0]) / 2 ** 0.5, atol=1e-3, rtol=0)
 
 
 # ---- train_grpo ----
@@ -305,7 +383,7 @@ class Trained:
             patch.setattr(train, 'rollout', recorded)
             if record:
                 patch.setattr(train, 'adamw', sgd)
-            train.train_grpo(self.args, self.model, Letters(), self.problems)
+            train.train_grpo(self.args, self.model, Letters(), self.problems, None)
         self.log = train.read_log(self.args, 'log.jsonl')
 
     def moved(self):

@@ -3,8 +3,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loglik import completion_logps, one_step_view, random_prompt_mask
+from grpo import completion_mask
+from loglik import (completion_logps, draw_views, exact_logps, random_prompt_mask,
+                    segment_views)
 from model import LLaDA
+from sample import generate
 from tiny import GOLDEN, MASK, V, says, tiny, tokens
 
 PROMPT_MASK = torch.tensor([[True, False, False, True], [False, False, False, False]])
@@ -77,12 +80,10 @@ def test_tokens_outside_the_completion_mask_get_zero_and_no_gradient():
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_the_view_leaves_its_inputs_alone():
+def test_the_inputs_are_left_alone():
     prompt_ids, completion_ids = tokens(2, 4), tokens(2, 3, seed=1)
     kept = prompt_ids.clone(), completion_ids.clone()
-    view = one_step_view(prompt_ids, completion_ids, PROMPT_MASK, MASK)
-    assert torch.equal(view == MASK, torch.nn.functional.pad(PROMPT_MASK, (0, 3), value=True))
-    assert torch.equal(view[:, :4][~PROMPT_MASK], prompt_ids[~PROMPT_MASK])
+    completion_logps(tiny(), prompt_ids, completion_ids, PROMPT_MASK)
     assert torch.equal(prompt_ids, kept[0]) and torch.equal(completion_ids, kept[1])
 
 
@@ -110,3 +111,103 @@ def test_the_given_beginning_of_an_answer_is_never_masked():
     prompt_mask = random_prompt_mask(prompt_ids, 1.0, g, num_prefill=3)
     assert prompt_mask[:, :17].all() and not prompt_mask[:, 17:].any()
     assert random_prompt_mask(prompt_ids, 1.0, g).all()
+
+
+# ---- other estimators ----
+
+ORDER = torch.tensor([[0, 2, 1, 3], [3, 0, 1, 2]])       # the step that committed each token
+
+
+def scored_in(views):
+    """For every token the numbers of the views that score it."""
+    found = [[[] for _ in row] for row in ORDER]
+    for i, view in enumerate(views):
+        assert (view.masked | ~view.scored).all(), 'what is in sight is not scored'
+        for row, k in view.scored.nonzero().tolist():
+            found[row][k].append(i)
+    return found
+
+
+def test_one_step_is_one_view_with_all_masked():
+    model, prompt_ids, completion_ids = tiny(), tokens(2, 4), tokens(2, 4, seed=1)
+    [view] = draw_views('one_step', 9, ORDER)
+    assert view.masked.all() and view.scored.all()
+    arguments = model, prompt_ids, completion_ids, PROMPT_MASK
+    assert torch.equal(completion_logps(*arguments, views=[view]), completion_logps(*arguments))
+
+
+def test_segments_follow_the_order_of_the_rollout():
+    assert scored_in(segment_views(ORDER, 2)) == [[[0], [1], [0], [1]], [[1], [0], [0], [1]]]
+    views = draw_views('stepmerge', 4, ORDER)
+    assert scored_in(views) == [[[k] for k in row] for row in ORDER.tolist()]
+    for i, view in enumerate(views):
+        assert torch.equal(view.masked, ORDER >= i), 'earlier commits are in sight'
+
+
+def test_ar_scores_every_token_given_all_before_it():
+    views = draw_views('ar', 1, ORDER)
+    assert scored_in(views) == [[[0], [1], [2], [3]]] * 2
+    assert [view.masked[0].tolist() for view in views[1:3]] == [[False, True, True, True],
+                                                                [False, False, True, True]]
+
+
+def test_coupled_views_are_complements():
+    first, second = draw_views('coupled', 1, torch.zeros(50, 40), torch.Generator().manual_seed(0))
+    assert torch.equal(first.masked, ~second.masked) and torch.equal(first.scored, first.masked)
+    assert abs(first.masked.float().mean() - 0.5) < 0.05
+
+
+def test_an_elbo_counts_every_token_once_on_average():
+    views = draw_views('elbo', 4, torch.zeros(2000, 6), torch.Generator().manual_seed(0))
+    counts = sum(view.weight * view.scored for view in views)
+    assert len(views) == 4 and abs(counts.mean() - 1) < 0.05
+    shares = sorted(view.masked.float().mean(1).mean().item() for view in views)
+    assert max(shares) - min(shares) < 0.05, 'every view has all noise levels over the rows'
+
+
+def test_log_probs_are_the_weighted_sum_over_views():
+    model, prompt_ids, completion_ids = tiny(), tokens(2, 4), tokens(2, 4, seed=1)
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    views = draw_views('elbo', 3, ORDER, torch.Generator().manual_seed(1))
+    found = completion_logps(model, prompt_ids, completion_ids, PROMPT_MASK, mask, views)
+    expected = torch.zeros(2, 4)
+    for view in views:
+        prompt = prompt_ids.masked_fill(PROMPT_MASK, MASK)
+        ids = torch.cat((prompt, completion_ids.masked_fill(view.masked, MASK)), 1)
+        logps = model(ids)[:, 4:].log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0]
+        expected += view.weight * logps * view.scored * mask
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def drawn(remasking, n=20000, temperature=0.8):
+    """{completion: (how often a small model drew it, its exact probability by exact_logps)}."""
+    model = tiny(embedding_size=5)                       # mask 1, eos 0, three words
+    prompt_ids = torch.tensor([[2, 3]]).expand(n, 2)
+    order = torch.zeros(n, 4, dtype=torch.long)
+    g = torch.Generator().manual_seed(0)
+    ids = generate(model, prompt_ids, 4, 2, 4, temperature, remasking=remasking,
+                   generators=[g] * n, order=order)
+    counts = {}
+    for row, key in enumerate(map(tuple, ids.tolist())):
+        counts.setdefault(key, [0, row])[0] += 1
+    rows = torch.tensor([row for _, row in counts.values()])
+    logps = exact_logps(model, prompt_ids[rows], ids[rows], order[rows],
+                        completion_mask(ids[rows], (0,)), 2, temperature)
+    return {key: (count / n, p) for (key, (count, _)), p
+            in zip(counts.items(), logps.sum(1).exp().tolist())}
+
+
+def test_the_exact_likelihood_sums_to_one_and_is_how_often_the_sampler_draws():
+    """All completions of four tokens from four, ends included, that were drawn in 20,000."""
+    found = drawn('top_prob')
+    assert len(found) > 40
+    assert sum(p for _, p in found.values()) == pytest.approx(1, abs=0.01)
+    for share, p in found.values():
+        assert abs(share - p) <= 5 * (p * (1 - p) / 20000) ** 0.5 + 1e-4
+
+
+def test_the_product_is_not_the_likelihood_under_llada_s_own_rule():
+    gaps = [abs(share - p) / (p * (1 - p) / 20000) ** 0.5 for share, p
+            in drawn('low_confidence').values() if p > 0.01]
+    assert max(gaps) > 10

@@ -4,7 +4,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import memory
-from model import merge_lora
 
 # so many tokens that the peak is at the logits, not inside the CPU's own attention kernel
 SMALL = dict(d_model=64, n_heads=2, n_kv_heads=2, n_layers=3, mlp_hidden_size=192,
@@ -32,7 +31,7 @@ PASS = (memory.grpo_pass, 4, 40, 24)
 
 @pytest.mark.parametrize('lora_rank, checkpointing, step', [
     (0, True, PASS), (0, False, PASS), (8, True, PASS), (8, False, PASS),
-    (0, True, (memory.adamw_step,)), (8, True, (memory.adamw_step,)), (8, True, (merge_lora,))])
+    (0, True, (memory.adamw_step,)), (8, True, (memory.adamw_step,)), (8, True, (memory.merge,))])
 def test_the_computed_peak_is_what_a_cpu_allocates(lora_rank, checkpointing, step):
     function, *arguments = step
     on_meta, on_cpu = (memory.build(SMALL, lora_rank, device) for device in ('meta', 'cpu'))
@@ -62,4 +61,4 @@ def test_checkpointing_and_adapters_save_what_they_should():
 
 def test_adapters_are_merged_one_layer_at_a_time():
     few, many = (memory.build(dict(SMALL, n_layers=n), 8) for n in (2, 6))
-    assert memory.peak(merge_lora, few) == memory.peak(merge_lora, many)
+    assert memory.peak(memory.merge, few) == memory.peak(memory.merge, many)

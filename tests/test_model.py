@@ -329,7 +329,7 @@ def test_tags_numbers_and_words_are_single_tokens(nano):
         assert len(tokenizer(text)['input_ids']) == 1, text
     ids = tokenizer('<reasoning>\n3*4=12\n</reasoning>\n<answer>\n12\n</answer>')['input_ids']
     assert [tokenizer.decode([i]) for i in ids] == [
-        '<reasoning>\n', '3', '*', '4', '=', '12', '\n</reasoning>\n', '<answer>\n', '12',
+        '<reasoning>', '\n', '3', '*', '4', '=', '12', '\n</reasoning>\n', '<answer>\n', '12',
         '\n</answer>']
 
 

@@ -18,24 +18,6 @@ def solved(task, texts, examples):
     return sum(correct == 1 for _, correct in rewards.grade_all(task, texts, examples))
 
 
-EXAMPLES = {     # task: question, solution, reply, wrong of one problem
-    'gsm8k': ('Ben has 3 pencils, gets 3, gets 1 and sells 4. How many pencils are left?',
-              '3+3=6+1=7-4=3', '3', '1'),
-    'math': ('Solve x + 1 + 3 = 15', '15-3=12-1=11', '\\boxed{11}', '\\boxed{19}'),
-    'countdown': ('Numbers: [3, 10, 2]\nTarget: 11', '3+10=13+2=15-11=4/2=2', '3+10-2', '3+10+2'),
-    'sudoku': ('Solve the puzzle 0240340203012000', '1243\n3412\n4321\n2134', '1243341243212134',
-               '1243341223412134'),
-    'code': ('assert f(3)==36\nassert f(0)==24\nassert f(1)==28', '28-24=4\n24',
-             'def f(x): return 4*x+24', 'def f(x): return 1*x+24')}
-
-
-@pytest.mark.parametrize('task', TASKS)
-def test_a_stream_of_numbers_draws_the_problem_that_it_drew_for_the_nano_base(task):
-    example = rewards.make(task, random.Random(1), 'train')
-    keys = ('question', 'solution', 'reply', 'wrong')
-    assert tuple(example[key] for key in keys) == EXAMPLES[task]
-
-
 @pytest.mark.parametrize('task', TASKS)
 def test_the_reply_is_right_the_guess_seldom_and_the_constant_answer_hardly_ever(task):
     examples = problems(task, 'test', 10 if task == 'code' else 60)
@@ -66,27 +48,25 @@ def test_a_worked_solution_ends_in_the_answer(task):
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_parts_share_no_problem(task):
-    keys = dict(train=set(), test=set(), sft=set())
-    rng = random.Random(0)
-    for _ in range(200):
-        key, small, example = TASKS[task].draw(rng)
-        problem = key if task == 'sudoku' else example['question']
-        keys[rewards.part_of(key, small)].add(problem)
-    assert all(keys.values())
-    assert not (keys['train'] | keys['sft']) & keys['test']
+def test_training_and_test_share_no_problem_whoever_asks(task):
+    parts = {}
+    for part in ('train', 'test'):
+        examples = problems(task, part, 300)
+        parts[part] = {e['question'].removeprefix(f"{e['asker']}: ") for e in examples}
+        assert {e['asker'] for e in examples} == set(rewards.ASKERS)
+        assert all(e['question'].startswith(e['asker'] + ': ') for e in examples)
+    assert not parts['train'] & parts['test']
 
 
-def test_sudoku_parts_share_no_grid_with_test_and_every_puzzle_has_one_solution():
-    grids = {part: {e['answer'] for e in problems('sudoku', part)} for part in ('train', 'sft')}
+def test_sudoku_parts_share_no_grid_and_every_puzzle_has_one_solution():
     tests = problems('sudoku', 'test', 200)
-    assert not (grids['train'] | grids['sft']) & {e['answer'] for e in tests}
+    assert not {e['answer'] for e in problems('sudoku', 'train')} & {e['answer'] for e in tests}
     every = set(rewards.sudoku_grids().split())
     assert len(every) == 288
     for example in tests:
         puzzle = example['question'][-16:]
         fits = [grid for grid in every if re.fullmatch(puzzle.replace('0', '.'), grid)]
-        assert fits == [example['answer']] and 4 <= puzzle.count('0') <= 8
+        assert fits == [example['answer']] and 4 <= puzzle.count('0') <= 6
 
 
 @pytest.mark.parametrize('task', TASKS)

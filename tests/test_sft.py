@@ -1,7 +1,8 @@
-"""What sft.py and train.train_sft claim: LLaDA's objective, noise and batches, the corpus, Muon."""
+"""What sft.py and train.train_sft claim: LLaDA's objective, noise and batches, the corpus."""
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import rewards
 import sft
 import train
 from model import LLaDA, nano_tokenizer
-from sft import Batch, Corpus, Muon, Traces, add_base_noise, add_noise, masked_loss, sft_loss
+from sft import Batch, Corpus, Traces, add_base_noise, add_noise, masked_loss, sft_loss
 from tiny import EOS, GOLDEN, MASK, V, says, tiny, tokens
 
 
@@ -216,60 +217,83 @@ def test_s1k_becomes_tagged_text(tmp_path):
 
 # ---- the nano corpus ----
 
-def test_a_minority_of_the_corpus_thinks():
-    example = rewards.make('gsm8k', random.Random(0), 'train')
-    rng = random.Random(0)
-    texts = [sft.demonstration(example, rng, 0.35) for _ in range(1000)]
-    assert 0.3 < sum(example['solution'] in text for text in texts) / 1000 < 0.4
+def test_who_asks_decides_how_many_think():
+    example, rng = rewards.make('gsm8k', random.Random(0), 'train'), random.Random(0)
+    for asker, share in sft.THINKING_SHARE.items():
+        texts = [sft.demonstration(dict(example, asker=asker), rng)[1] for _ in range(2000)]
+        thinking = sum(example['solution'] in text for text in texts) / 2000
+        assert abs(thinking - share) < 0.04
+    assert set(sft.THINKING_SHARE) == set(rewards.ASKERS)
+    guesses = [text for text in texts if example['solution'] not in text]
+    assert any('<answer>' in text for text in guesses)
+    assert any('<answer>' not in text for text in guesses)
 
 
-def test_the_corpus_has_all_tasks_worked_solutions_first_and_no_weights():
-    corpus = Corpus(dict.fromkeys(rewards.TASKS), nano_tokenizer(), 0, 100, 0.35, 32,
-                    tiny().config, 20)
-    early = [corpus.text(0, i) for i in range(20)]
-    assert all('<reasoning>' in answer for _, answer in early)
-    assert not all('<reasoning>' in corpus.text(99, i)[1] for i in range(20))
-    assert len({prompt.partition('\n\n')[0] for prompt, _ in early}) == len(rewards.TASKS)
-    batch = corpus.batch(0)
-    assert batch.answers.shape == (20, 32) and (batch.t == 1).all()
-    assert torch.equal(batch.noisy, corpus.batch(0).noisy)
+def test_a_textbook_shows_its_steps_and_nobody_asks():
+    for task in rewards.TASKS:
+        example = rewards.make(task, random.Random(0), 'train')
+        question, answer = sft.worked(example)
+        assert example['question'] == f"{example['asker']}: {question}"
+        assert answer == rewards.tagged(example['solution'], example['reply'])
+
+
+def corpus(steps=100, batch_size=40):
+    return Corpus(dict.fromkeys(rewards.TASKS), nano_tokenizer(), 0, steps, 32, tiny().config,
+                  batch_size)
+
+
+def test_the_corpus_has_sums_a_textbook_and_late_people():
+    early, late = ([corpus().text(step, i) for i in range(40)] for step in (0, 99))
+    for texts in (early, late):
+        for prompt, answer in texts[::4]:
+            assert prompt == '' and answer.count('\n') == 4
+            for line in answer.split('\n'):
+                left, right = line.split('=')
+                assert eval(left.replace('/', '//')) == int(right)
+    asked = [prompt.partition(':')[0] in rewards.ASKERS for prompt, _ in late]
+    assert not any(prompt.partition(':')[0] in rewards.ASKERS for prompt, _ in early)
+    assert 0.2 < sum(asked) / 30 < 0.8, 'half of the late texts that are no sums'
+    assert all('<reasoning>' in answer for prompt, answer in early if prompt)
+
+
+def test_a_batch_of_the_corpus_has_a_length_of_its_own_and_no_weights():
+    lengths = {corpus().batch(step).answers.size(1) for step in range(30)}
+    assert lengths == {32, 48, 64}
+    batch, equals = corpus().batch(0), nano_tokenizer().convert_tokens_to_ids('=')
+    assert (batch.t == 1).all() and torch.equal(batch.noisy, corpus().batch(0).noisy)
+    assert torch.equal(batch.noisy, batch.answers.masked_fill(batch.masked, MASK))
+    for row in range(0, 40, 4):                                  # sums: what follows a = is masked
+        after = (batch.answers[row] == equals).nonzero().flatten() + 1
+        assert batch.masked[row].nonzero().flatten().tolist() == after.tolist()
 
 
 def test_base_noise_is_half_sfts_and_half_what_the_sampler_sees():
-    noisy, masked = add_base_noise(torch.zeros(4000, 32, dtype=torch.long), MASK, generator())
-    assert torch.equal(noisy == MASK, masked)
+    ends = torch.full((4000,), 20)
+    masked = add_base_noise(torch.zeros(4000, 32, dtype=torch.long), ends, MASK, generator())
     even, odd = masked[::2], masked[1::2]
     assert even.float().mean(1).min() > 0.05                     # t ~ U(0.3, 1)
     assert abs(even.float().mean() - 0.65) < 0.02 and abs(even[:, 0].float().mean() - 0.65) < 0.03
-    for row in odd:              # none before some place, all from 8 tokens after it
-        first = row.long().argmax().item() if row.any() else 32
-        assert row[first + 8:].all()
-    assert odd.all(1).any() and odd[:, 31].float().mean() > 0.8
+    for row in odd:              # all from 8 tokens after the first mask, which is within the text
+        first = row.long().argmax().item()
+        assert row[first + 8:].all() and row[20 + 8:].all()
+    alone = odd[:, 1:8].all(1) & ~odd[:, 0]
+    assert odd.all(1).any() and alone.any(), 'nothing, or only the first token, is in sight'
 
 
-# ---- Muon ----
-
-@pytest.mark.parametrize('shape', [(24, 24), (48, 16), (16, 48)])
-def test_muon_steps_along_the_orthogonal_part_of_the_gradient(shape):
-    p = torch.nn.Parameter(torch.zeros(shape))
-    p.grad = torch.randn(shape, generator=generator()) * 1e-3
-    u, _, v = torch.linalg.svd(p.grad, full_matrices=False)
-    Muon([p], lr=0.1).step()
-    step = -p.detach() / (0.1 * max(1, shape[0] / shape[1]) ** 0.5)
-    assert F.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
-    values = torch.linalg.svdvals(step)
-    most = values[:len(values) * 3 // 4]         # tiny directions may lag
-    assert most.min() > 0.6 and values.max() < 1.3
+def test_a_reply_is_hidden_while_a_step_is():
+    answers = torch.tensor([[5, 9, 6, 7]] * 3)                   # 9 ends the reasoning
+    masked = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    expected = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    assert torch.equal(sft.hide_replies(answers, masked, 9), expected)
 
 
-def test_muon_keeps_momentum_which_checkpoints_save():
-    p, fresh = (torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
-    optimizer = Muon([p, torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)      # one has no gradient
-    p.grad = torch.randn(8, 8, generator=generator(0))
-    optimizer.step()
-    before = p.detach().clone()
-    p.grad = fresh.grad = torch.randn(8, 8, generator=generator(1))
-    optimizer.step()
-    Muon([fresh], lr=0.1).step()
-    assert not torch.allclose(fresh, p - before, atol=1e-3), 'the past must have a say'
-    assert 'momentum' in optimizer.state_dict()['state'][0]
+def test_sft_traces_are_true_and_of_no_task():
+    traces = [sft.clean_trace(random.Random(i)) for i in range(50)]
+    for prompt, answer in traces:
+        assert not re.search('Solve|left|Numbers|puzzle|assert', prompt)
+        steps = answer.split('<reasoning>\n')[1].split('\n</reasoning>')[0]
+        for line in steps.split('\n'):
+            parts = line.split('=')
+            for left, right in zip(parts, parts[1:]):
+                assert eval(left) == int(re.match('[0-9]+', right)[0])
+        assert parts[-1] == rewards.final_answer(answer)

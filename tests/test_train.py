@@ -17,7 +17,7 @@ from model import nano_tokenizer
 from tiny import SHARED, needs_shared
 
 ROOT = os.path.join(os.path.dirname(__file__), '..')
-SMALL = ('--base_steps 2 --sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 '
+SMALL = ('--base_seed 0 --base_steps 2 --sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 '
          '--num_generations 2 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 '
          '--eval_n 3 --eval_lengths 8,16 --save_every 1').split()
 
@@ -128,7 +128,7 @@ def test_a_saved_model_is_evaluated_to_the_numbers_of_its_training_run(out):
     assert not (again / 'log.jsonl').exists() and not (again / 'model').exists()
 
 
-@pytest.mark.parametrize('stage, loss', [('sft', 'masked_loss'), ('grpo', 'grpo_loss')])
+@pytest.mark.parametrize('stage, loss', [('sft', 'masked_loss'), ('grpo', 'policy_loss')])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(out, monkeypatch, stage, loss):
     calls, original = [], getattr(train, loss)
 
@@ -144,7 +144,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(out, monkeypatch, s
         assert [row['bad_updates'] for row in log] == [1, 0, 0]
     trained = weights(folder / f'{stage}.pt')
     assert all(tensor.isfinite().all() for tensor in trained.values())
-    assert not equal(trained, saved_model(out / 'base-0-gsm8k')), 'the other updates were made'
+    assert not equal(trained, saved_model(out / 'base-0')), 'the other updates were made'
 
 
 def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(out):
@@ -154,10 +154,22 @@ def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(out):
         layers = {name.rpartition('.')[0] for name in weights(folder / f'{stage}.pt')}
         assert layers == {f'blocks.{i}.{name}' for i in range(3) for name in ('q_proj', 'up_proj')}
         assert all('.lora_' in name for name in weights(folder / f'{stage}.pt'))
-    base, merged = saved_model(out / 'base-0-gsm8k'), saved_model(folder)
+    base, merged = saved_model(out / 'base-0'), saved_model(folder)
     assert merged.keys() == base.keys()
     changed = {name for name in base if not torch.equal(merged[name], base[name])}
     assert changed == {f'{layer}.weight' for layer in layers}
+
+
+def test_compiled_blocks_give_the_same_numbers(out, monkeypatch, capsys):
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile',              # no C compiler is needed
+                        lambda block, **keys: original(block, backend='eager', **keys))
+    compiled = run(out, 'compiled', '--compile', '--stages', 'grpo', '--grpo_steps', '1')
+    assert re.search('[1-9][0-9]* graphs were compiled for 3 blocks', capsys.readouterr().out)
+    ours, theirs = (rows(folder / 'log.jsonl')[-1] for folder in (
+        compiled, run(out, 'not-compiled', '--stages', 'grpo', '--grpo_steps', '1')))
+    assert ours['reward'] == theirs['reward']
+    assert ours['grad_norm'] == pytest.approx(theirs['grad_norm'], rel=1e-4)
 
 
 def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(out):
@@ -231,8 +243,28 @@ def test_what_is_finished_is_not_repeated(out, monkeypatch):
     monkeypatch.setattr(train, 'answers', spied)
     monkeypatch.setattr(train, 'train_sft', None)
     run(out, 'stopped', '--resume')
-    assert labels == ['sft: gsm8k, 16', 'grpo: gsm8k, 8', 'grpo: gsm8k, 16']
+    assert labels == ['sft: gsm8k, 16 tokens', 'grpo: gsm8k, 8 tokens', 'grpo: gsm8k, 16 tokens']
     assert_same_run(out / 'stopped', out / 'whole')
+
+
+def test_checkpoints_are_at_least_save_minutes_apart(out, monkeypatch):
+    saved = []
+
+    def spied(args, name, content):
+        saved.append((name, content['step'])) if name == 'checkpoint.pt' else None
+        return write(args, name, content)
+    write = train.write
+    monkeypatch.setattr(train, 'write', spied)
+    run(out, 'seldom', '--save_minutes', '5')
+    assert [step for _, step in saved] == [1, 3, 3], 'the first, and each stage when it is finished'
+
+
+def test_evaluations_on_the_way_keep_the_adapter_of_each(out):
+    folder = run(out, 'watched', '--eval_every', '2', '--lora_rank', '4', '--learning_rate', '3e-2')
+    assert list(results(folder)) == ['constant', 'base', 'sft', 'grpo-2', 'grpo']
+    scored = run(out, 'step-2', '--eval_only', '--adapter', str(folder / 'adapter-2'))
+    assert results(scored)['base'] == results(folder)['grpo-2']
+    assert results(folder)['grpo-2'] != results(folder)['sft']
 
 
 def test_a_learning_rate_given_with_resume_counts(out):
@@ -285,10 +317,11 @@ def test_a_checkpoint_is_data_of_this_model_or_one_line(out, tmp_path):
 def test_the_sampling_knobs_reach_rollouts_and_evaluation(out, monkeypatch):
     asked, generate = [], grpo.generate
 
-    def spied(*tensors, attention_mask, generators, **knobs):
+    def spied(*tensors, attention_mask, generators, order, **knobs):
         if knobs not in asked:
             asked.append(knobs)
-        return generate(*tensors, attention_mask=attention_mask, generators=generators, **knobs)
+        return generate(*tensors, attention_mask=attention_mask, generators=generators,
+                        order=order, **knobs)
     monkeypatch.setattr(grpo, 'generate', spied)
     run(out, 'knobs', '--stages', 'grpo', '--grpo_steps', '1', '--cache', '--threshold', '0.5',
         '--cfg_scale', '1', '--remasking', 'random', '--temperature', '0.7', '--eval_lengths', '8')
@@ -307,7 +340,7 @@ def test_every_answer_stands_with_its_own_problem(files, monkeypatch):
     def repeat(model, tokenizer, prompts, sampling, prefill):
         sizes.append([len(prompt) for prompt in prompts])
         texts = [tokenizer.decode(prompt) for prompt in prompts]
-        return None, torch.ones(len(prompts), 5), texts
+        return None, torch.ones(len(prompts), 5), None, texts
     monkeypatch.setattr(train, 'complete', repeat)
     items = train.answers(args, None, tokenizer, problems, 8, 'label')
     lengths = [len(prompt) for _, prompt, _ in problems]
@@ -456,9 +489,9 @@ def test_prefill_is_prompt_that_is_never_masked_and_text_that_is_rewarded(out, m
         seen.extend(texts)
         return grade_all(task, texts, examples)
 
-    def kept(model, reference, group, beta, batch):
+    def kept(model, reference, group, *rest):
         groups.append(group)
-        return fixed_logps(model, reference, group, beta, batch)
+        return fixed_logps(model, reference, group, *rest)
     monkeypatch.setattr(rewards, 'grade_all', graded)
     monkeypatch.setattr(train, 'fixed_logps', kept)
     folder = run(out, 'prefilled', '--stages', 'grpo', '--prefill', '<reasoning>',
