@@ -87,13 +87,18 @@ def load_s1k(path=''):
 
 
 def clean_trace(rng):
-    """(prompt, answer) of a small problem that no task asks, thought through and right."""
+    """(prompt, answer) of a small problem that no task asks, thought through and right.
+
+    As in s1K some answers stand in a box.
+    """
     asker, a, b = rng.choice(rewards.ASKERS), rng.randint(2, 12), rng.randint(1, 6)
-    question, steps = rng.choice([
-        (f'Which is larger, {a} or {a + b}?', f'{a + b}-{a}={b}\n{a}+{b}={a + b}'),
-        (f'Double {a} and add {b}.', f'{a}+{a}={2 * a}+{b}={2 * a + b}'),
-        (f'Go on: {a}, {a + b}, {a + 2 * b}', f'{a + b}-{a}={b}\n{a + 2 * b}+{b}={a + 3 * b}')])
-    return f'{asker}: {question}', rewards.tagged(steps, steps.rpartition('=')[2])
+    question, steps, reply = rng.choice([
+        (f'Which is larger, {a} or {a + b}?', f'{a + b}-{a}={b}', str(a + b)),
+        (f'Double {a} and add {b}.', f'{a}+{a}={2 * a}+{b}={2 * a + b}',
+         f'\\boxed{{{2 * a + b}}}'),
+        (f'Go on: {a}, {a + b}, {a + 2 * b}', f'{a + b}-{a}={b}\n{a + 2 * b}+{b}={a + 3 * b}',
+         str(a + 3 * b))])
+    return f'{asker}: {question}', rewards.tagged(steps, reply)
 
 
 def encode_traces(traces, tokenizer, max_prompt, max_answer):

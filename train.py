@@ -92,10 +92,10 @@ FLAGS = [
     ('threshold', 0.0, 0.0, 'commit every token of this confidence, at least one (0 = off)'),
     ('rollout_batch', 64, 6, 'completions per call of the sampler, at least one group'),
     # SFT
-    ('sft_steps', 20, 2500, 'updates'),
+    ('sft_steps', 60, 2500, 'updates'),
     ('sft_batch', 32, 8, 'sequences per update'),
     ('sft_length', 32, 3584, 'answer tokens; longer answers are cut'),
-    ('sft_learning_rate', 3e-6, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
+    ('sft_learning_rate', 3e-4, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
     ('sft_lora_alpha', 64, 256, 'with lora_rank 128 the scale alpha/rank is 2, as in d1'),
     ('sft_lora_targets', 'q_proj,k_proj,v_proj', 'q_proj,k_proj,v_proj', 'layers'),
     ('micro_batch', 64, 1, 'sequences per forward pass'),
@@ -106,7 +106,7 @@ FLAGS = [
     ('gradient_checkpointing', False, True, 'recompute activations in the backward pass'),
     ('compile', False, False, 'torch.compile the blocks; the first calls take minutes'),
     # Evaluation and logs
-    ('eval_n', 512, 0, 'test problems (0 = all)'),
+    ('eval_n', 256, 0, 'test problems (0 = all)'),
     ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
     ('eval_batch', 128, 8, 'prompts per batch'),
     ('eval_every', 0, 0, 'outer iterations between evaluations, whose adapters are kept (0 = off)'),
@@ -594,7 +594,7 @@ def save_model(folder, model, tokenizer, source):
 # ---- a run, from its flags to the table ----
 
 TASK_PRESETS = {
-    'nano': {},
+    'nano': {'gsm8k': dict(grpo_steps=20)},      # a short first run
     'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
@@ -728,7 +728,7 @@ def base_of(args):
     if args.base_seed < 0 and not on_text:
         return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'nano'), None
     settings = dict(seed=max(0, args.base_seed), steps=args.base_steps, data=args.data)
-    kind = '-'.join(['text', *args.tasks]) if on_text else ''
+    kind = '-'.join(['', 'text', *args.tasks]) if on_text else ''
     folder = os.path.join(args.out, f'base-{settings["seed"]}' + kind)
     made = os.path.join(folder, 'base.json')
     if os.path.exists(made) and read_json(folder, 'base.json') != settings:

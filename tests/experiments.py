@@ -71,7 +71,7 @@ def train(args, name, flags):
     done = subprocess.run(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         sys.exit(done.stderr.decode())
-    return folder, ' '.join(['python train.py', *command[2:-4]])
+    return folder, ' '.join(['python train.py', *command[2:-4]]).replace(args.out, 'out')
 
 
 def run_cell(args, base, kind, tasks):
@@ -94,8 +94,8 @@ def run_cell(args, base, kind, tasks):
             with open(path, 'w') as file:
                 json.dump(dict(base=scores), file)
     began = time.time()
-    folder, command = train(args, name, f'--model {model} --task {tasks} --seed {base} {flags} '
-                            f'{args.flags}')
+    folder, command = train(args, name, f'--model {model} --task {tasks} --seed {base} --eval_n 512 '
+                            f'--grpo_steps 40 {flags} {args.flags}')
     with open(os.path.join(folder, 'results.json')) as file:
         results = json.load(file)
     log = [row for row in rows_of(os.path.join(folder, 'log.jsonl')) if row['stage'] == 'grpo']
@@ -119,7 +119,7 @@ def dose(args, base):
     from sample import random_stream
     from sft import Traces, clean_trace, encode_traces
     for steps in (0, 20, 60):
-        for learning_rate in (1e-5, 3e-5, 1e-4, 3e-4) if steps else (0.0,):
+        for learning_rate in (3e-5, 1e-4, 3e-4, 1e-3) if steps else (0.0,):
             model, tokenizer = load(base_folder(args, base))
             settings = product.parse(['--seed', str(base)])
             parts = []

@@ -1,11 +1,14 @@
 """The built-in problems: right as taught, split without overlap, short enough for nano."""
+import pathlib
 import random
 import re
 
 import pytest
 
 import rewards
-from model import nano_tokenizer
+import train
+from grpo import complete
+from model import load, nano_tokenizer
 from rewards import TASKS
 
 
@@ -82,3 +85,32 @@ def test_there_are_500_different_test_problems(task):
     rng = random.Random(0)
     questions = {rewards.make(task, rng, 'test')['question'] for _ in range(3000)}
     assert len(questions) >= 500
+
+
+# ---- the base in assets/ ----
+
+def test_the_shipped_base_is_the_default_and_small(tmp_path):
+    folder, settings = train.base_of(train.parse([]))
+    assert settings is None and folder.endswith('nano')
+    assert sum(file.stat().st_size for file in pathlib.Path(folder).iterdir()) < 6e6
+    model, tokenizer = load(folder)
+    assert tokenizer.get_vocab() == nano_tokenizer().get_vocab()
+    assert model.config.embedding_size == len(tokenizer)
+    other, settings = train.base_of(train.parse(['--base_seed', '7', '--out', str(tmp_path)]))
+    assert other == str(tmp_path / 'base-7') and settings['seed'] == 7
+
+
+def test_the_shipped_base_can_think_and_seldom_does():
+    """`--prefill <reasoning>` makes it think; which answers are right is no claim of this test."""
+    model, tokenizer = load(train.base_of(train.parse([]))[0])
+    examples = problems('gsm8k', 'train', 48)
+    shares = []
+    for prefill in ('', '<reasoning>'):
+        args = train.parse(['--prefill', prefill])
+        prompts = [train.encode(args, tokenizer, 'gsm8k', example) for example in examples]
+        sampling = dict(gen_length=32, steps=16, block_length=8)
+        *_, texts = complete(model, tokenizer, prompts, sampling, prefill=prefill)
+        shares.append((sum('</reasoning>' in text for text in texts) / 48,
+                       solved('gsm8k', texts, examples) / 48))
+    (thinks, right), (made, made_right) = shares
+    assert thinks < 0.6 and made > 0.9 and right < 0.7 and made_right > 0.8
