@@ -290,6 +290,7 @@ def draw(path, panels, seconds=0.5):
     body, y = [], 10
     last = max(step for _, _, order in panels for step in order)
     total = seconds * (last + 6)                                 # the end stays for a while
+    right = 24 + 8.4 * max(len(title) for title, _, _ in panels)
     for title, pieces, order in panels:
         y += 22
         body.append(f'<text class="title" x="12" y="{y}">{html.escape(title)}</text>')
@@ -315,7 +316,7 @@ def draw(path, panels, seconds=0.5):
     style = ('text { font: 14px monospace; fill: #1f6feb; white-space: pre } '
              '.title { fill: #7d8590 } rect { fill: #8b949e; fill-opacity: 0.35 }')
     with open(path, 'w') as file:
-        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {y}">'
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right:.0f} {y}">'
                    f'<style>{style}</style>\n' + '\n'.join(body) + '\n</svg>\n')
 
 

@@ -322,9 +322,9 @@ def band(axis, curves, label, colour, smooth=3):
 
 def learning_figure(rows):
     figure, axes = new_figure(2)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
     for task, colour in zip(TASKS, COLOURS):
-        curves = [row['curve'] for row in rows if row['kind'] == 'd1' and row['tasks'] == task]
+        curves = [row['curve'] for row in rows if row['kind'] == 'grpo' and row['tasks'] == task]
         if not curves:
             continue
         highest = dict(gsm8k=4, math=3, countdown=1, sudoku=1, code=1.5)[task]
@@ -333,7 +333,7 @@ def learning_figure(rows):
     axes[0].set(xlabel='iteration of diffu-GRPO', ylabel='reward / highest possible', ylim=(0, 1))
     axes[1].set(xlabel='iteration of diffu-GRPO', ylabel='tokens per completion')
     axes[0].legend(fontsize=7, ncols=2)
-    figure.suptitle(f'd1 on the nano model: mean and range over bases {bases}', fontsize=9)
+    figure.suptitle(f'diffu-GRPO alone on the nano model: mean and range over bases {bases}', fontsize=9)
     save(figure, 'learning')
 
 
@@ -357,7 +357,7 @@ def results_figure(rows):
     ours.set_xticks([j + 0.3 for j in range(5)], [NAMES[task] for task in TASKS], fontsize=7)
     paper.set_xticks([j + 0.3 for j in range(4)], ['GSM8K', 'MATH500', 'Countdown', 'Sudoku cells'],
                      fontsize=7)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
     ours.set(ylabel='accuracy, %', ylim=(0, 100), title=f'nano model, n = 512, bases {bases}')
     paper.set(ylim=(0, 100), title="LLaDA-8B, the paper's Table 1 (256 tokens)")
     ours.legend(fontsize=7, ncols=2)
@@ -456,7 +456,8 @@ def main():
         return
     learning_figure(rows)
     results_figure(rows)
-    ablation_figure(rows)
+    if any(row['kind'] in ABLATIONS for row in rows):
+        ablation_figure(rows)
     if truth_rows:
         truth_figure(truth_rows)
 

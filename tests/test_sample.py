@@ -3,6 +3,7 @@
 generate is held against generate_plain, and both against the official sampler's numbers.
 """
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 import sample
 from loglik import completion_logps
 from model import LLaDA, load
-from sample import choose, commit_counts, denoise, generate, generate_plain
+from sample import choose, commit_counts, denoise, draw, generate, generate_plain
 from tiny import EOS, GOLDEN, MASK, V, bias, left_pad, says, tiny, tokens
 
 NEVER = {EOS: -1e4}                              # completions that never end
@@ -360,3 +361,19 @@ def test_the_script_shows_a_completion_of_the_newest_model(tmp_path, monkeypatch
     assert 'How many?' in first and '\n  16 ' in first
     assert shown('--prompt', 'How many?') == first != shown('--prompt', 'How many?', '--seed', '1')
     assert shown('--task', 'sudoku', '--cache') != shown('--task', 'sudoku', '--seed', '1')
+
+
+# ---- the moving picture ----
+
+def test_a_picture_shows_every_token_when_it_was_committed(tmp_path):
+    path = tmp_path / 'a.svg'
+    draw(str(path), [('a < b', ['<x>', '\n', '12', ''], [1, 0, 2, 3])], seconds=1)
+    root = ElementTree.parse(path).getroot()
+    name = '{http://www.w3.org/2000/svg}'
+    title, *texts = root.iter(name + 'text')
+    assert title.text == 'a < b' and [text.text for text in texts] == ['<x>', '12']
+    begins = [text.find(name + 'animate').get('keyTimes') for text in texts]
+    assert begins == [f'0;{2 / 9:.4f}', f'0;{3 / 9:.4f}']
+    assert float(texts[1].get('y')) > float(texts[0].get('y')), 'a line of its own'
+    assert [rect.find(name + 'animate').get('values') for rect in root.iter(name + 'rect')] == [
+        '1;0', '1;0'], 'a mask stands there until then'
