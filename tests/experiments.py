@@ -358,7 +358,8 @@ def results_figure(rows):
     paper.set_xticks([j + 0.3 for j in range(4)], ['GSM8K', 'MATH500', 'Countdown', 'Sudoku cells'],
                      fontsize=7)
     bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
-    ours.set(ylabel='accuracy, %', ylim=(0, 100), title=f'nano model, n = 512, bases {bases}')
+    ours.set(ylabel='accuracy, %', ylim=(0, 130), yticks=range(0, 101, 20),
+             title=f'nano model, n = 512, bases {bases}')
     paper.set(ylim=(0, 100), title="LLaDA-8B, the paper's Table 1 (256 tokens)")
     ours.legend(fontsize=7, ncols=2)
     save(figure, 'results')
