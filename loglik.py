@@ -118,7 +118,7 @@ def exact_logps(model, prompt_ids, completion_ids, order, completion_mask, block
     """log p of each token under the sampler that drew it, (B, L); their sum is the exact log p.
 
     order (B, L): the step that committed each token; block_length, temperature: the sampler's. What
-    it drew behind an end, in the end's own block, counts too. One forward pass per step.
+    it drew after an end, in the end's own block, counts too. One forward pass per step.
     It holds where the logits alone decide which positions a step commits: remasking 'top_prob', or
     blocks of one token. LLaDA's own rule looks at the tokens that were drawn. Two masks, each 'a'
     with probability 0.6, else 'b', one commit per step: it prefers a position that drew 'a', so

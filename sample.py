@@ -101,7 +101,7 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
             attention_mask, generators, cache, threshold)):
         completion_ids = ids[:, prompt_ids.size(1):]
         if order is not None:
-            order[(order < 0) & (completion_ids != model.config.mask_id)] = step
+            order.masked_fill_((order < 0) & (completion_ids != model.config.mask_id), step)
     return completion_ids.clone()                # no inference tensor, so that gradients can use it
 
 

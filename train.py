@@ -724,10 +724,10 @@ def base_of(args):
 
     Raises ValueError if the folder holds a base that was made otherwise.
     """
-    on_text = any(args.data.values())
+    on_text = {task: file for task, file in args.data.items() if file}
     if args.base_seed < 0 and not on_text:
         return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'nano'), None
-    settings = dict(seed=max(0, args.base_seed), steps=args.base_steps, data=args.data)
+    settings = dict(seed=max(0, args.base_seed), steps=args.base_steps, data=on_text)
     kind = '-'.join(['', 'text', *args.tasks]) if on_text else ''
     folder = os.path.join(args.out, f'base-{settings["seed"]}' + kind)
     made = os.path.join(folder, 'base.json')

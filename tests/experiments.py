@@ -44,7 +44,6 @@ ABLATIONS |= {
     'elbo2': '--estimator elbo --num_views 2'}
 KINDS |= {name: (['gsm8k', 'countdown'], 'sft', f'--stages grpo {flags}')
           for name, flags in ABLATIONS.items()}
-MAIN = ['base', 'made', 'grpo', 'd1', 'all']
 
 
 def rows_of(path):

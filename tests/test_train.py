@@ -107,6 +107,12 @@ def test_the_seed_makes_the_run_and_one_base_serves_all_seeds(out, monkeypatch):
         assert a['question'] != b['question']
 
 
+def test_a_base_serves_every_task(out, monkeypatch):
+    monkeypatch.setattr(train, 'Corpus', None)                   # no other base is made
+    folder = run(out, 'math', '--task', 'math', '--eval_only')
+    assert results(folder)['base'].keys() == {'math'}
+
+
 def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
     first = rows(out / 'whole' / 'log.jsonl')[3]
     fixed = rows(run(out, 'fixed', '--fixed_mask') / 'log.jsonl')[3]
