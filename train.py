@@ -71,7 +71,7 @@ FLAGS = [
     ('p_mask_prompt', 0.15, 0.15, 'probability to mask a prompt token (p_mask)'),
     ('fixed_mask', False, False, 'one prompt mask for all mu updates, for the ablation'),
     ('epsilon', 0.5, 0.5, 'clip range of the ratio (epsilon)'),
-    ('beta', 0.04, 0.04, 'weight of the KL term (beta)'),
+    ('beta', 0.0, 0.04, 'weight of the KL term (beta)'),
     ('kl', 'k3', 'k3', 'estimate of the KL term'),
     ('norm', 'token', 'token', 'mean over all tokens, or per sequence and then over them'),
     ('divide_by_std', False, False, "divide advantages by their group's standard deviation"),
@@ -103,8 +103,9 @@ FLAGS = [
     ('lora_rank', 0, 128, '0 = train all weights'),
     ('lora_alpha', 64, 64, 'adapters are scaled by alpha/rank'),
     ('lora_targets', 'q_proj,k_proj,v_proj,up_proj', 'q_proj,k_proj,v_proj,up_proj', 'layers'),
-    ('gradient_checkpointing', False, True, 'recompute activations in the backward pass'),
-    ('compile', False, False, 'torch.compile the blocks; the first calls take minutes'),
+    ('gradient_checkpointing', False, None,
+     'recompute activations in the backward pass; None = unless a GPU has room for them'),
+    ('compile', False, None, 'torch.compile the blocks, which takes minutes; None = on a GPU'),
     # Evaluation and logs
     ('eval_n', 256, 0, 'test problems (0 = all)'),
     ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
@@ -688,6 +689,8 @@ def check(args):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError):       # torch's kinds of refusal
         raise ValueError(f'--device {args.device} is not usable here: try --device cpu') from None
+    if args.compile is None:
+        args.compile = args.device == 'cuda'
     model = os.path.basename(args.model.rstrip('/'))
     kind = 'eval' if args.eval_only else '+'.join(args.stages)
     args.name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
@@ -768,6 +771,20 @@ def nano_base(args, tokenizer):
     return finished
 
 
+def activations_fit(args, config):
+    """Whether the GPU, with the model on it, has room for the activations of a micro-batch.
+
+    Each token, block and unit of d_model costs about 40 bytes (LLaDA-8B) to 60 (Qwen3-0.6B), as
+    tests/memory.py computes.
+    """
+    if args.device != 'cuda':
+        return False
+    tokens = max(args.num_generations * (args.max_prompt + args.gen_length),
+                 args.micro_batch * (args.max_prompt + args.sft_length))
+    free, _ = torch.cuda.mem_get_info()                          # bytes
+    return 60 * tokens * config.n_layers * config.d_model < 0.8 * free
+
+
 def sft_data(args, tokenizer, config):
     """The SFT set as train_sft takes it."""
     if args.world == 'nano' and not args.sft_data:
@@ -841,6 +858,8 @@ def main(argv=None):
         load_adapter(args.adapter, model)
     model.compute_dtype = dtype                  # of float32 weights, too: bfloat16 ones would not
     model.gradient_checkpointing = args.gradient_checkpointing    # notice steps of 3e-6
+    if args.gradient_checkpointing is None:
+        model.gradient_checkpointing = not activations_fit(args, model.config)
     if args.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -866,7 +885,8 @@ def run(argv=None):
         if 'RANK' in os.environ:                 # torchrun has started us
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-            dist.init_process_group()
+            # lists and numbers go through gloo, on the CPU; gradients through NCCL
+            dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
         main(argv)
     except (ValueError, OSError) as e:
         sys.exit(f'train.py: {e}')

@@ -3,6 +3,7 @@
     python tests/experiments.py                          all cells that are not in assets/results/
     python tests/experiments.py --bases 0 --kinds base made d1 --tasks gsm8k
     python tests/experiments.py --tables                 only the tables and figures
+    python tests/experiments.py --quick                  all of it, coarsely, into out/quick/
 A cell is a run of train.py for one base, one kind and one task; the base's seed is the run's seed,
 so that the spread is what a user's own base and seed would give. A finished cell is a JSON line of
 assets/results/nano.jsonl. Stop at any time and repeat the command; several processes may share the
@@ -31,19 +32,31 @@ KINDS = {
     'd1': (TASKS, 'sft', '--stages grpo'),
     'all': ([ALL], 'sft', '--stages grpo'),      # as many problems in all as a run for one task
     'all5': ([ALL], 'sft', '--stages grpo --grpo_steps 200'),
-    'long': (['gsm8k', 'math'], 'sft', '--stages grpo --grpo_steps 200 --eval_every 40'),
+    # every completion thinks from the start, so that only skill is left to learn
+    'skill': (['math', 'code'], 'made', '--stages grpo --prefill <reasoning> --grpo_steps 120 '
+                                        '--eval_every 40'),
 }
-# The paper's ablations and the later methods, all from the SFT model.
-ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu}{flag}' for mu in (2, 12)
+# The paper's ablations and the later methods, with as many iterations as make the forward passes
+# of every cell equal: 40 * (16 denoising steps + 4 updates * 2 policies) = 960 per completion.
+ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu} --grpo_steps {steps}{flag}'
+             for mu, steps in ((2, 48), (12, 24), (24, 15))
              for kind, flag in (('random', ''), ('fixed', ' --fixed_mask'))}
 ABLATIONS |= {f'pmask{p}': f'--p_mask_prompt {p}' for p in (0, 0.3, 0.5, 0.7)}
-ABLATIONS |= {
-    'beta0': '--beta 0', 'k2': '--kl k2', 'std': '--divide_by_std', 'sequence': '--norm sequence',
-    'stable': '--loss stable', 'espo': '--loss espo --estimator coupled', 'wd1': '--loss wd1',
-    'coupled': '--estimator coupled', 'stepmerge4': '--estimator stepmerge --num_views 4',
-    'elbo2': '--estimator elbo --num_views 2'}
-KINDS |= {name: (['gsm8k', 'countdown'], 'sft', f'--stages grpo {flags}')
-          for name, flags in ABLATIONS.items()}
+ABLATIONS |= {'std': '--divide_by_std', 'sequence': '--norm sequence'}
+METHODS = {
+    'stable': '--loss stable',
+    'espo': '--loss espo --estimator coupled --grpo_steps 30',
+    'wd1': '--loss wd1 --grpo_steps 48',
+    'coupled': '--estimator coupled --grpo_steps 30',
+    'stepmerge4': '--estimator stepmerge --num_views 4 --grpo_steps 20',
+    'elbo2': '--estimator elbo --num_views 2 --grpo_steps 30'}
+KL = {'beta0.04': '--beta 0.04', 'k2': '--beta 0.04 --kl k2',
+      'stable-kl': '--beta 0.04 --loss stable', 'lr2e-5': '--learning_rate 2e-5'}
+SHORT = '--stages grpo --eval_lengths 32 '
+# from the SFT model, which thinks already, on equations; from the base, which must find it
+KINDS |= {name: (['math'], 'sft', SHORT + flags) for name, flags in (ABLATIONS | METHODS).items()}
+KINDS |= {f'{name}-base': (['math'], 'base', SHORT + flags)
+          for name, flags in (METHODS | KL).items()}
 
 
 def rows_of(path):
@@ -54,7 +67,9 @@ def rows_of(path):
 
 
 def base_folder(args, base):
-    """Pretrains the base of this seed where it is not there yet; returns its folder."""
+    """The folder of the base of this seed: 0 is in assets/, others are pretrained if need be."""
+    if base == 0:
+        return os.path.join(ASSETS, 'nano')
     folder = os.path.join(args.out, f'base-{base}', 'model')
     if not os.path.exists(folder):
         train(args, f'made-{base}', f'--base_seed {base} --eval_only --eval_n 1 --seed {base}')
@@ -70,7 +85,8 @@ def train(args, name, flags):
     done = subprocess.run(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         sys.exit(done.stderr.decode())
-    return folder, ' '.join(['python train.py', *command[2:-4]]).replace(args.out, 'out')
+    text = ' '.join(['python train.py', *command[2:-4]])
+    return folder, text.replace(args.out, 'out').replace(ASSETS, 'assets')
 
 
 def run_cell(args, base, kind, tasks):
@@ -87,9 +103,10 @@ def run_cell(args, base, kind, tasks):
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'results.json')
         known = {row['kind']: row for row in rows_of(args.results) if row['base'] == base}
-        if 'base' in known and not os.path.exists(path):
-            stage = 'base' if start == 'base' else 'sft'
-            scores = {task: known['base']['results'][stage][task] for task in tasks.split(',')}
+        row = known.get('made' if start == 'made' else 'base')
+        if row and not os.path.exists(path):
+            stage = 'sft' if start == 'sft' else 'base'
+            scores = {task: row['results'][stage][task] for task in tasks.split(',')}
             with open(path, 'w') as file:
                 json.dump(dict(base=scores), file)
     began = time.time()
@@ -143,8 +160,13 @@ def dose(args, base):
 
 # ---- the mean field against the exact likelihood ----
 
-def truth(args, base, task, stage, num_groups=8, draws=4):
+def truth(args, base, task, stage, num_groups, draws):
     """Each estimator against the exact log-likelihood of rollouts, and its gradient likewise.
+
+    Means over groups and draws of prompt masks and views: bias and std of the sequence log-prob;
+    its rank correlation within a group; cosine and norm of the group's policy gradient against the
+    exact one, the cosine of the mean over draws, its noise (std over draws / exact norm); the
+    cosine of the gradient summed over groups.
 
     Rollouts at temperature 0.9 whose positions are chosen by 'top_prob', for which the product
     along the rollout is exact (loglik.exact_logps). Appends a JSON line to truth.jsonl.
@@ -155,8 +177,9 @@ def truth(args, base, task, stage, num_groups=8, draws=4):
     from model import load
     from sample import torch_stream
     folder = base_folder(args, base)
-    if stage == 'd1':
-        folder = os.path.join(args.out, f'x-d1-{base}-{task}', 'model')
+    if stage != 'base':
+        name = dict(sft=f'x-base-{base}', d1=f'x-d1-{base}-{task}')[stage]
+        folder = os.path.join(args.out, name, 'model')
     model, tokenizer = load(folder)
     settings = product.parse(['--task', task, '--seed', str(1000 + base)])
     problems = product.Problems(settings, tokenizer)
@@ -166,8 +189,8 @@ def truth(args, base, task, stage, num_groups=8, draws=4):
     cases |= {'coupled': ('coupled', 2, 0.15), 'coupled, p_mask 0': ('coupled', 2, 0)}
     cases |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 16)}
     cases |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
-    found = {name: dict(bias=[], std=[], rank=[], cosine=[], norm=[], forwards=n)
-             for name, (_, n, _) in cases.items()}
+    found = {name: dict(bias=[], std=[], rank=[], cosine=[], cosine_of_mean=[], norm=[], noise=[])
+             for name in cases}
     exact_gradient, sums = 0, {name: 0 for name in cases}
 
     def gradient(logps, advantages):
@@ -202,20 +225,26 @@ def truth(args, base, task, stage, num_groups=8, draws=4):
             row['bias'] += (sequence.mean(0) - exact).tolist()
             row['std'] += sequence.std(0).tolist() if len(sequence) > 1 else [0.0]
             row['rank'] += [rank_correlation(line, exact) for line in sequence]
-            row['cosine'] += gradients.mul(true_gradient).sum(1).div(
-                gradients.norm(dim=1) * true_gradient.norm()).tolist()
+            row['cosine'] += [cosine(line, true_gradient) for line in gradients]
             row['norm'] += (gradients.norm(dim=1) / true_gradient.norm()).tolist()
+            mean = gradients.mean(0)
+            row['cosine_of_mean'] += [cosine(mean, true_gradient)]
+            variance = (gradients - mean).square().sum() / max(1, len(gradients) - 1)
+            row['noise'] += [(variance.sqrt() / true_gradient.norm()).item()]
             sums[name] = sums[name] + gradients[0]
     for name, row in found.items():
-        total = torch.nn.functional.cosine_similarity(sums[name], exact_gradient, dim=0)
-        found[name] = {key: round(sum(values) / len(values), 4) for key, values in row.items()
-                       if isinstance(values, list) and values}
-        found[name] |= dict(forwards=row['forwards'], total_cosine=round(total.item(), 4))
+        found[name] = {key: round(sum(values) / len(values), 4) for key, values in row.items()}
+        found[name] |= dict(forwards=cases[name][1],
+                            total_cosine=round(cosine(sums[name], exact_gradient), 4))
     line = dict(base=base, task=task, stage=stage, groups=len(groups), completions=8 * len(groups),
                 draws=draws, estimators=found)
     with open(os.path.join(os.path.dirname(args.results), 'truth.jsonl'), 'a') as file:
         file.write(json.dumps(line) + '\n')
     print('truth', base, task, stage, flush=True)
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
 def rank_correlation(a, b):
@@ -256,20 +285,28 @@ def main_table(rows, length):
 
 
 def ablation_table(rows):
-    print('\n| from the SFT model | ' + ' | '.join(KINDS['k2'][0]) + ' | seconds per iteration |')
-    print('| --- ' * (len(KINDS['k2'][0]) + 2) + '|')
-    for kind in ['d1', *ABLATIONS]:
-        cells = [spread(scores(rows, kind, 'grpo', task, 32)) for task in KINDS['k2'][0]]
-        seconds = [sum(row['curve']['seconds']) / len(row['curve']['seconds']) for row in rows
-                   if row['kind'] == kind]
-        if seconds:
-            print(f'| {ABLATIONS.get(kind, "d1")} | ' + ' | '.join(cells)
-                  + f' | {sum(seconds) / len(seconds):.2f} |')
+    """One change each: from the SFT model, and from the base, which must find thinking."""
+    print('\nEquations at 32 tokens, accuracy in %, mean (lowest to highest); found: runs above 60 %\n')
+    print('| change | from SFT | bases | from the base | bases | found | seconds per iteration |')
+    print('| --- ' * 7 + '|')
+    for name, flags in {'d1': 'default', **ABLATIONS, **METHODS, **KL}.items():
+        pairs = [[row for row in rows if row['kind'] == kind and row['tasks'] == 'math']
+                 for kind in (name, 'grpo' if name == 'd1' else f'{name}-base')]
+        if not any(pairs):
+            continue
+        cells = []
+        for some in pairs:
+            found = scores(some, some[0]['kind'], 'grpo', 'math', 32) if some else []
+            cells += [spread(found), ' '.join(str(row['base']) for row in some)]
+        cells.append(f'{sum(score > 0.6 for score in found)} of {len(found)}' if found else '-')
+        seconds = [value for row in sum(pairs, []) for value in row['curve']['seconds']]
+        print(f'| {flags} | ' + ' | '.join(cells) + f' | {sum(seconds) / len(seconds):.2f} |')
 
 
 def truth_table(rows):
-    names = ('forwards', 'bias', 'std', 'rank', 'cosine', 'norm', 'total_cosine')
-    for stage in ('base', 'd1'):
+    names = ('forwards', 'bias', 'std', 'rank', 'cosine', 'cosine_of_mean', 'norm', 'noise',
+             'total_cosine')
+    for stage in ('base', 'sft', 'd1'):
         lines = [row for row in rows if row['stage'] == stage]
         if lines:
             print(f'\n{stage}: {sum(row["groups"] for row in lines)} groups of 8, bases '
@@ -300,26 +337,26 @@ def new_figure(columns, height=2.6):
     return figure, axes[0]
 
 
-def save(figure, name):
-    figure.tight_layout()
-    figure.savefig(os.path.join(ASSETS, name + '.svg'), transparent=True,
-                   metadata=dict(Date=None))
-    print(f'assets/{name}.svg')
+def save(figure, folder, name, rect=(0, 0, 1, 1)):
+    figure.tight_layout(rect=rect)
+    path = os.path.join(folder, name + '.svg')
+    figure.savefig(path, transparent=True, metadata=dict(Date=None))
+    print(os.path.relpath(path))
 
 
-def band(axis, curves, label, colour, smooth=3):
-    """Mean over runs, with the lowest and the highest as a band."""
+def band(axis, curves, label, colour, smooth=3, x=None):
+    """Mean over runs, with the lowest and the highest as a band; x: of the points, else 1, 2, ..."""
     n = min(map(len, curves))
     curves = torch.tensor([curve[:n] for curve in curves])
     kernel = torch.ones(1, 1, smooth) / smooth
     padded = torch.nn.functional.pad(curves[:, None], (smooth // 2, smooth // 2), 'replicate')
     curves = torch.nn.functional.conv1d(padded, kernel)[:, 0]
-    x = range(1, n + 1)
+    x = range(1, n + 1) if x is None else x[:n]
     axis.plot(x, curves.mean(0), color=colour, label=label)
     axis.fill_between(x, curves.min(0).values, curves.max(0).values, color=colour, alpha=0.2)
 
 
-def learning_figure(rows):
+def learning_figure(rows, folder):
     figure, axes = new_figure(2)
     bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
     for task, colour in zip(TASKS, COLOURS):
@@ -332,11 +369,12 @@ def learning_figure(rows):
     axes[0].set(xlabel='iteration of diffu-GRPO', ylabel='reward / highest possible', ylim=(0, 1))
     axes[1].set(xlabel='iteration of diffu-GRPO', ylabel='tokens per completion')
     axes[0].legend(fontsize=7, ncols=2)
-    figure.suptitle(f'diffu-GRPO alone on the nano model: mean and range over bases {bases}', fontsize=9)
-    save(figure, 'learning')
+    figure.suptitle(f'diffu-GRPO alone on the nano model: mean and range over {len(bases)} bases',
+                    fontsize=9)
+    save(figure, folder, 'learning')
 
 
-def results_figure(rows):
+def results_figure(rows, folder):
     figure, [ours, paper] = new_figure(2)
     stages = [('base', 'base', 'base'), ('base', 'sft', '+ SFT'),
               ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1')]
@@ -353,63 +391,95 @@ def results_figure(rows):
     for i, line in enumerate(table):
         for j, value in enumerate(line):
             paper.bar(j + 0.2 * i, value, 0.2, color=COLOURS[i])
-    ours.set_xticks([j + 0.3 for j in range(5)], [NAMES[task] for task in TASKS], fontsize=7)
+    ours.set_xticks([j + 0.3 for j in range(5)],
+                    [NAMES[task].replace(' ', '\n') for task in TASKS], fontsize=7)
     paper.set_xticks([j + 0.3 for j in range(4)], ['GSM8K', 'MATH500', 'Countdown', 'Sudoku cells'],
                      fontsize=7)
     bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
     ours.set(ylabel='accuracy, %', ylim=(0, 130), yticks=range(0, 101, 20),
-             title=f'nano model, n = 512, bases {bases}')
+             title=f'nano model, {len(bases)} bases, n = 512 each')
     paper.set(ylim=(0, 100), title="LLaDA-8B, the paper's Table 1 (256 tokens)")
     ours.legend(fontsize=7, ncols=2)
-    save(figure, 'results')
+    save(figure, folder, 'results')
 
 
-def truth_figure(rows):
-    figure, axes = new_figure(3, 3.0)
-    families = dict(one_step='one step (d1)', coupled='coupled', stepmerge='StepMerge',
-                    elbo='ELBO (another quantity)')
-    for (family, label), colour in zip(families.items(), COLOURS):
-        names = [name for name in rows[0]['estimators'] if name.startswith(family)
-                 and ('p_mask 0' not in name or name.endswith('p_mask 0'))]
-        names = [name for name in names if not (family == 'coupled' and 'p_mask' not in name)]
+def truth_figure(rows, folder):
+    figure, axes = new_figure(3, 3.2)
+    families = {'one step': ['one_step, p_mask 0'],
+                'one step, prompt masked (d1)': ['one_step, p_mask 0.15'],
+                'coupled': ['coupled, p_mask 0'],
+                'StepMerge': [f'stepmerge {n}' for n in (2, 4, 8, 16)],
+                'ELBO (another quantity)': [f'elbo {n}' for n in (1, 2, 4, 16)]}
+    for i, ((label, names), colour) in enumerate(zip(families.items(), COLOURS)):
         for axis, key in zip(axes, ('bias', 'rank', 'cosine')):
-            points = []
-            for name in names:
-                values = [row['estimators'][name][key] for row in rows]
-                points.append((rows[0]['estimators'][name]['forwards'], sum(values) / len(values),
-                               min(values), max(values)))
-            x, mean, low, high = zip(*sorted(points))
-            errors = [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]]
-            axis.errorbar(x, mean, yerr=errors, marker='o', color=colour, label=label, capsize=2)
-    axes[0].set(ylabel='log p - exact log p (bias)')
+            found = [[row['estimators'][name][key] for row in rows] for name in names]
+            forwards = [rows[0]['estimators'][name]['forwards'] * 1.04 ** (i - 2) for name in names]
+            mean = [sum(values) / len(values) for values in found]
+            errors = [[m - min(values) for m, values in zip(mean, found)],
+                      [max(values) - m for m, values in zip(mean, found)]]
+            axis.errorbar(forwards, mean, yerr=errors, marker='o', markersize=4, color=colour,
+                          label=label, capsize=2, elinewidth=0.8)
+    axes[0].set(ylabel='log p - exact log p, nats (bias)')
     axes[1].set(ylabel='rank correlation in a group', ylim=(None, 1.02))
-    axes[2].set(ylabel='cosine with the exact gradient', ylim=(0, 1.02))
+    axes[2].set(ylabel='cosine with the exact gradient', ylim=(None, 1.02))
     for axis in axes:
         axis.set(xscale='log', xlabel='forward passes')
+        axis.minorticks_off()
         axis.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc='lower center')
     bases, tasks = ({row[key] for row in rows} for key in ('base', 'task'))
-    figure.suptitle(f'{sum(row["groups"] for row in rows)} groups of 8 rollouts, bases '
-                    f'{sorted(bases)}, tasks {", ".join(sorted(tasks))}, base and d1 models: mean '
-                    'and range', fontsize=8)
-    save(figure, 'truth')
+    figure.suptitle(f'{sum(row["completions"] for row in rows)} rollouts in groups of 8; bases '
+                    f'{", ".join(map(str, sorted(bases)))}, SFT and d1 models; {len(tasks)} tasks: '
+                    'mean and range over models', fontsize=8)
+    figure.subplots_adjust(bottom=0.28)
+    save(figure, folder, 'truth', rect=(0, 0.07, 1, 1))
 
 
-def ablation_figure(rows):
-    figure, axes = new_figure(3)
-    for axis, names, title in (
-            (axes[0], ['mu2-random', 'mu2-fixed', 'mu12-random', 'mu12-fixed'], 'prompt masks'),
-            (axes[1], ['pmask0', 'd1', 'pmask0.3', 'pmask0.5', 'pmask0.7'], 'p_mask'),
-            (axes[2], ['d1', 'beta0', 'k2', 'stable', 'espo'], 'KL and loss')):
-        for name, colour in zip(names, COLOURS):
-            curves = [row['curve']['reward'] for row in rows
-                      if row['kind'] == name and row['tasks'] == 'gsm8k']
-            if curves:
-                band(axis, curves, 'pmask0.15' if name == 'd1' and axis is axes[1] else name,
-                     colour, 5)
-        axis.set(xlabel='iteration', ylabel='reward', title=title)
-        axis.legend(fontsize=7)
-    save(figure, 'ablations')
+def ablation_figure(rows, folder):
+    """Reward during training; every cell has the same number of forward passes."""
+    figure, axes = new_figure(4, 2.4)
+
+    def curves(name, key='reward'):
+        name = 'd1' if name == 'pmask0.15' else name
+        return [row['curve'][key] for row in rows if row['kind'] == name and row['tasks'] == 'math']
+    mus = [(f'mu{mu}-{kind}', mu) for mu in (2, 12, 24) for kind in ('random', 'fixed')]
+    for i, (name, mu) in enumerate(mus):
+        if not curves(name):
+            continue
+        colour, n = COLOURS[i // 2], min(map(len, curves(name)))
+        updates = [mu * (k + 1) for k in range(n)]
+        every = [sum(line[:k + 1]) / len(curves(name, 'seconds')) for k in range(n)
+                 for line in [[sum(values) for values in zip(*curves(name, 'seconds'))]]]
+        for axis, x in ((axes[0], updates), (axes[1], every)):
+            mean = [sum(values) / len(values) for values in zip(*curves(name))]
+            smooth = [sum(mean[max(0, k - 2):k + 3]) / len(mean[max(0, k - 2):k + 3])
+                      for k in range(n)]
+            axis.plot(x, smooth, color=colour, linestyle='--' if 'fixed' in name else '-',
+                      label=name.replace('mu', 'mu ').replace('-', ', '))
+    masks = ['pmask0', 'pmask0.15', 'pmask0.3', 'pmask0.5', 'pmask0.7']
+    for name, colour in zip(masks, COLOURS):
+        if curves(name):
+            band(axes[2], curves(name), name.replace('pmask', 'p_mask '), colour, 5)
+    methods = ['d1', 'stable', 'espo', 'wd1', 'coupled', 'stepmerge4', 'elbo2']
+    for j, name in enumerate(methods):
+        found = [100 * score for score in scores(rows, name, 'grpo', 'math', 32)]
+        if found:
+            axes[3].plot(found, [j] * len(found), 'o', color=COLOURS[0], alpha=0.6)
+            axes[3].plot(sum(found) / len(found), j, '|', color=GREY, markersize=14)
+    start = [100 * score for score in scores(
+        [row for row in rows if row['base'] in {r['base'] for r in rows if r['kind'] == 'wd1'}],
+        'base', 'sft', 'math', 32)]
+    if start:
+        axes[3].axvline(sum(start) / len(start), color=GREY, linestyle=':', linewidth=1)
+    axes[0].set(xlabel='updates', ylabel='reward, equations', title='prompt masks')
+    axes[1].set(xlabel='seconds', title='prompt masks')
+    axes[2].set(xlabel='iteration', title='masked share of the prompt')
+    axes[3].set(xlabel='accuracy, %', title='losses, estimators')
+    axes[3].set_yticks(range(len(methods)), methods, fontsize=7)
+    axes[3].invert_yaxis()
+    axes[1].legend(fontsize=6)
+    axes[2].legend(fontsize=6)
+    save(figure, folder, 'ablations')
 
 
 def main():
@@ -422,8 +492,13 @@ def main():
     p.add_argument('--out', default='out', help='where the runs are kept')
     p.add_argument('--results', default=RESULTS)
     p.add_argument('--flags', default='', help='more flags for every run')
+    p.add_argument('--quick', action='store_true', help='few iterations, problems and groups')
     p.add_argument('--tables', action='store_true', help='only print what is there')
     args = p.parse_args()
+    if args.quick:
+        args.bases, args.out = [0], os.path.join(args.out, 'quick')
+        args.results = os.path.join(args.out, 'nano.jsonl')
+        args.flags += ' --eval_n 64 --eval_lengths 32 --grpo_steps 5 --eval_every 0'
     os.makedirs(os.path.dirname(args.results), exist_ok=True)
     truth_file = os.path.join(os.path.dirname(args.results), 'truth.jsonl')
     for base in args.bases if not args.tables else []:
@@ -434,9 +509,9 @@ def main():
             if kind == 'truth':
                 done = {(row['base'], row['task'], row['stage']) for row in rows_of(truth_file)}
                 for task in args.tasks:
-                    for stage in ('base', 'd1'):
+                    for stage in ('base', 'sft', 'd1'):
                         if (base, task, stage) not in done:
-                            truth(args, base, task, stage)
+                            truth(args, base, task, stage, *((2, 2) if args.quick else (8, 4)))
                 continue
             for tasks in KINDS[kind][0]:
                 done = {(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)}
@@ -444,7 +519,7 @@ def main():
                 if wanted and (base, kind, tasks) not in done:
                     run_cell(args, base, kind, tasks)
     rows = rows_of(args.results)
-    for length in (32, 64):
+    for length in (32,) if args.quick else (32, 64):
         main_table(rows, length)
     ablation_table(rows)
     truth_rows = rows_of(truth_file)
@@ -454,12 +529,13 @@ def main():
     except ImportError:
         print('no figures: pip install matplotlib')
         return
-    learning_figure(rows)
-    results_figure(rows)
+    folder = args.out if args.quick else ASSETS
+    learning_figure(rows, folder)
+    results_figure(rows, folder)
     if any(row['kind'] in ABLATIONS for row in rows):
-        ablation_figure(rows)
+        ablation_figure(rows, folder)
     if truth_rows:
-        truth_figure(truth_rows)
+        truth_figure(truth_rows, folder)
 
 
 if __name__ == '__main__':

@@ -335,7 +335,7 @@ def test_advantages_may_be_divided_by_the_std_of_their_group():
 
 FLAGS = ('--grpo_steps 2 --num_prompts 2 --num_generations 4 --num_iterations 3 --gen_length 8 '
          '--block_length 4 --steps 4 --temperature 1 --p_mask_prompt 0.5 --weight_decay 0 '
-         '--rollout_batch 4').split()
+         '--beta 0.04 --rollout_batch 4').split()
 
 
 class Problems:

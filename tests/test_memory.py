@@ -4,6 +4,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import memory
+import train
 
 # so many tokens that the peak is at the logits, not inside the CPU's own attention kernel
 SMALL = dict(d_model=64, n_heads=2, n_kv_heads=2, n_layers=3, mlp_hidden_size=192,
@@ -62,3 +63,20 @@ def test_checkpointing_and_adapters_save_what_they_should():
 def test_adapters_are_merged_one_layer_at_a_time():
     few, many = (memory.build(dict(SMALL, n_layers=n), 8) for n in (2, 6))
     assert memory.peak(memory.merge, few) == memory.peak(memory.merge, many)
+
+
+@pytest.mark.parametrize('micro_batch, gen_length', [(1, 32), (8, 32), (1, 256)])
+def test_a_gpu_with_room_computes_activations_once(monkeypatch, micro_batch, gen_length):
+    shape = f'--max_prompt 64 --sft_length 64 --gen_length {gen_length} --micro_batch {micro_batch}'
+    args = train.parse(['--model', 'GSAI-ML/LLaDA-8B-Instruct', *shape.split()])
+    small = dict(SMALL, embedding_size=64)       # logits are made for some rows at a time
+    config = memory.Config(**small)
+    assert args.gradient_checkpointing is None and not train.activations_fit(args, config)
+    args.device = 'cuda'
+    model = memory.build(small, 8)
+    with memory.fused_attention():
+        needed = max(memory.peak(memory.grpo_pass, model, 6, 64, gen_length),
+                     memory.peak(memory.grpo_pass, model, micro_batch, 64, 64))
+    for free, fits in ((needed, False), (3 * needed, True)):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (free, 10 * free))
+        assert train.activations_fit(args, config) == fits

@@ -19,7 +19,7 @@ from tiny import SHARED, needs_shared
 ROOT = os.path.join(os.path.dirname(__file__), '..')
 SMALL = ('--base_seed 0 --base_steps 2 --sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 '
          '--num_generations 2 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 '
-         '--eval_n 3 --eval_lengths 8,16 --save_every 1').split()
+         '--eval_n 3 --eval_lengths 8,16 --save_every 1 --beta 0.04').split()
 
 
 def rows(path):
