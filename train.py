@@ -132,6 +132,9 @@ def train_grpo(args, model, tokenizer, problems, tests):
     for group in optimizer.param_groups:
         group['lr'] = args.learning_rate         # a resumed run may have been given another
     for step in progress_bar('grpo', start, args.grpo_steps):                                  # 2
+        if args.eval_every and step and step % args.eval_every == 0:
+            evaluate(args, model, tokenizer, tests, f'grpo-{step}')
+            keep_adapter(args, model, f'adapter-{step}')
         began = time.time()
         drawn = [(k, *problems.draw(step * args.num_prompts + k))                              # 4
                  for k in my_share(args.num_prompts)]
@@ -174,9 +177,6 @@ def train_grpo(args, model, tokenizer, problems, tests):
             grad_norms.append(grad_norm.item())
         report(args, step, groups, stats, grad_norms, rollout_seconds, time.time() - began)
         save_checkpoint(args, 'grpo', step + 1, args.grpo_steps, model, [optimizer])
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.grpo_steps:
-            evaluate(args, model, tokenizer, tests, f'grpo-{step + 1}')
-            keep_adapter(args, model, f'adapter-{step + 1}')
 
 
 def train_sft(args, stage, model, optimizers, data, steps):
@@ -575,7 +575,10 @@ def put_weights(args, model, weights):
 def keep_adapter(args, model, name):
     """The adapters of all stages so far, in the layout of the peft library."""
     if args.lora_rank and rank() == 0:
-        save_adapter(os.path.join(args.folder, name), model, args.model)
+        base = args.model
+        if base == 'nano' and args.base_seed >= 0:
+            base = os.path.join(base_of(args)[0], 'model')
+        save_adapter(os.path.join(args.folder, name), model, base)
 
 
 def save_model(folder, model, tokenizer, source):

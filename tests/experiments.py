@@ -110,8 +110,8 @@ def run_cell(args, base, kind, tasks):
             with open(path, 'w') as file:
                 json.dump(dict(base=scores), file)
     began = time.time()
-    folder, command = train(args, name, f'--model {model} --task {tasks} --seed {base} --eval_n 512 '
-                            f'--grpo_steps 40 {flags} {args.flags}')
+    settings = f'--model {model} --task {tasks} --seed {base} --eval_n 512 --grpo_steps 40'
+    folder, command = train(args, name, f'{settings} {flags} {args.flags}')
     with open(os.path.join(folder, 'results.json')) as file:
         results = json.load(file)
     log = [row for row in rows_of(os.path.join(folder, 'log.jsonl')) if row['stage'] == 'grpo']
@@ -286,7 +286,7 @@ def main_table(rows, length):
 
 def ablation_table(rows):
     """One change each: from the SFT model, and from the base, which must find thinking."""
-    print('\nEquations at 32 tokens, accuracy in %, mean (lowest to highest); found: runs above 60 %\n')
+    print('\nEquations, accuracy in %, mean (lowest to highest); found: runs above 60 %\n')
     print('| change | from SFT | bases | from the base | bases | found | seconds per iteration |')
     print('| --- ' * 7 + '|')
     for name, flags in {'d1': 'default', **ABLATIONS, **METHODS, **KL}.items():
@@ -345,7 +345,7 @@ def save(figure, folder, name, rect=(0, 0, 1, 1)):
 
 
 def band(axis, curves, label, colour, smooth=3, x=None):
-    """Mean over runs, with the lowest and the highest as a band; x: of the points, else 1, 2, ..."""
+    """Mean over runs, with the lowest and the highest as a band; x: else 1, 2, ..."""
     n = min(map(len, curves))
     curves = torch.tensor([curve[:n] for curve in curves])
     kernel = torch.ones(1, 1, smooth) / smooth

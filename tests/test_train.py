@@ -211,7 +211,7 @@ def stop(out, name, function, number, *flags):
     return out / name
 
 
-@pytest.mark.parametrize('flags', ['', '--lora_rank 2 --save_every 2'])
+@pytest.mark.parametrize('flags', ['', '--lora_rank 2 --save_every 2 --eval_every 1'])
 @pytest.mark.parametrize('function, stride', [('write', 5), ('append', 2)])
 def test_a_run_stopped_again_and_again_gives_the_same_numbers(out, tmp_path, flags, function,
                                                               stride):
