@@ -245,9 +245,8 @@ class Corpus:
         masked = add_base_noise(answers, ends, self.config.mask_id, generator)
         equals, close = self.tokenizer.convert_tokens_to_ids(['=', '\n</reasoning>\n'])
         masked = hide_replies(answers, masked, close)
-        for i, (prompt, _) in enumerate(texts):
-            if not prompt:                       # of sums the results are masked
-                masked[i, 1:] = answers[i, :-1] == equals
-                masked[i, 0] = False
+        is_sums = torch.tensor([not prompt for prompt, _ in texts])          # (B,)
+        results = F.pad(answers == equals, (1, -1))                          # the tokens after =
+        masked = results.where(is_sums[:, None], masked)
         noisy = answers.masked_fill(masked, self.config.mask_id)
         return Batch(prompts, answers, noisy, masked, torch.ones(self.batch_size, 1))

@@ -33,8 +33,8 @@ KINDS = {
     'all': ([ALL], 'sft', '--stages grpo'),      # as many problems in all as a run for one task
     'all5': ([ALL], 'sft', '--stages grpo --grpo_steps 200'),
     # every completion thinks from the start, so that only skill is left to learn
-    'skill': (['math', 'code'], 'made', '--stages grpo --prefill <reasoning> --grpo_steps 120 '
-                                        '--eval_every 40'),
+    'skill': (['math', 'code'], 'made', '--stages grpo --prefill <reasoning> --grpo_steps 80 '
+                                        '--eval_every 20 --eval_lengths 32'),
 }
 # The paper's ablations and the later methods, with as many iterations as make the forward passes
 # of every cell equal: 40 * (16 denoising steps + 4 updates * 2 policies) = 960 per completion.
@@ -191,7 +191,7 @@ def truth(args, base, task, stage, num_groups, draws):
     cases |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
     found = {name: dict(bias=[], std=[], rank=[], cosine=[], cosine_of_mean=[], norm=[], noise=[])
              for name in cases}
-    exact_gradient, sums = 0, {name: 0 for name in cases}
+    exact_gradient, exact_mean, sums = 0, 0, {name: 0 for name in cases}
 
     def gradient(logps, advantages):
         model.zero_grad()
@@ -208,6 +208,7 @@ def truth(args, base, task, stage, num_groups, draws):
         texts = group.prompt_ids, group.completion_ids
         logps = exact_logps(model, *texts, group.order, group.completion_mask, 8, 0.9)
         exact = logps.detach().sum(1)
+        exact_mean += exact.mean().item() / len(groups)
         true_gradient = gradient(logps, group.advantages)
         exact_gradient = exact_gradient + true_gradient
         for name, (estimator, num_views, p_mask) in cases.items():
@@ -237,7 +238,7 @@ def truth(args, base, task, stage, num_groups, draws):
         found[name] |= dict(forwards=cases[name][1],
                             total_cosine=round(cosine(sums[name], exact_gradient), 4))
     line = dict(base=base, task=task, stage=stage, groups=len(groups), completions=8 * len(groups),
-                draws=draws, estimators=found)
+                draws=draws, exact_logp=exact_mean, estimators=found)
     with open(os.path.join(os.path.dirname(args.results), 'truth.jsonl'), 'a') as file:
         file.write(json.dumps(line) + '\n')
     print('truth', base, task, stage, flush=True)

@@ -21,7 +21,8 @@ import train
 
 FLAGS = ('--base_seed 0 --base_steps 6 --sft_steps 10 --sft_batch 8 --grpo_steps 6 --num_prompts 2 '
          '--num_generations 4 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 '
-         '--sft_length 32 --eval_n 4 --eval_lengths 8,16 --save_every 2 --beta 0.04 --name run').split()
+         '--sft_length 32 --eval_n 4 --eval_lengths 8,16 --save_every 2 --beta 0.04 '
+         '--name run').split()
 KINDS = ('base', 'sft', 'grpo', 'write')
 
 
