@@ -234,6 +234,7 @@ def truth(args, base, task, stage, num_groups, draws):
             row['noise'] += [(variance.sqrt() / true_gradient.norm()).item()]
             sums[name] = sums[name] + gradients[0]
     for name, row in found.items():
+        row['rank'] = [value for value in row['rank'] if value == value]     # not nan
         found[name] = {key: round(sum(values) / len(values), 4) for key, values in row.items()}
         found[name] |= dict(forwards=cases[name][1],
                             total_cosine=round(cosine(sums[name], exact_gradient), 4))
@@ -249,9 +250,13 @@ def cosine(a, b):
 
 
 def rank_correlation(a, b):
-    """Spearman's, of two tensors (n,)."""
-    a, b = a.argsort().argsort().float(), b.argsort().argsort().float()
-    return torch.corrcoef(torch.stack((a, b)))[0, 1].item()
+    """Spearman's, of two tensors (n,), equal values sharing a rank; nan if all are equal."""
+    ranks = []
+    for values in (a, b):
+        values = values.round(decimals=3)        # the same completion twice differs by rounding
+        above, equal = values[:, None] > values, values[:, None] == values
+        ranks.append(above.sum(1) + equal.sum(1) / 2)
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 # ---- tables ----
