@@ -49,14 +49,22 @@ def run(out, name, kind, *flags):
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
     """The folder of what two processes did: both kinds whole, both stopped within diffu-GRPO."""
-    folder = tmp_path_factory.mktemp('out')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
-               '2', __file__, str(folder)]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp('out')
+        done = two_processes(folder)
+        # seen once in ten: a thread of torch's own is alive when its process ends, which aborts it
+        if 'terminate called without an active exception' not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('pretraining a nano base') == 1
     return folder
+
+
+def two_processes(folder):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
+               '2', __file__, str(folder)]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def close(a, b):
@@ -112,4 +120,5 @@ if __name__ == '__main__':
         run(Path(sys.argv[1]), f'two-{kind}', kind)
         # in the checkpoint of diffu-GRPO's second iteration, after SFT's three
         stop(Path(sys.argv[1]), f'stopped-{kind}', 'save_checkpoint', 5, *FLAGS, *flags)
+    dist.barrier()                               # neither ends while the other is at work
     dist.destroy_process_group()
