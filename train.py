@@ -576,7 +576,7 @@ def keep_adapter(args, model, name):
     """The adapters of all stages so far, in the layout of the peft library."""
     if args.lora_rank and rank() == 0:
         base = args.model
-        if base == 'nano' and args.base_seed >= 0:
+        if base == 'nano' and base_of(args)[1]:  # not the one in assets/
             base = os.path.join(base_of(args)[0], 'model')
         save_adapter(os.path.join(args.folder, name), model, base)
 
@@ -775,12 +775,13 @@ def nano_base(args, tokenizer):
 
 
 def activations_fit(args, config):
-    """Whether the GPU, with the model on it, has room for the activations of a micro-batch.
+    """Whether a GPU, with the model on it, has room for the activations of a micro-batch.
 
-    Each token, block and unit of d_model costs about 40 bytes (LLaDA-8B) to 60 (Qwen3-0.6B), as
-    tests/memory.py computes.
+    Never without LoRA: gradients and AdamW's moments of all weights are still to come. Each token,
+    block and unit of d_model costs about 40 bytes (LLaDA-8B) to 60 (Qwen3-0.6B), as tests/memory.py
+    computes.
     """
-    if args.device != 'cuda':
+    if args.device != 'cuda' or not args.lora_rank:
         return False
     tokens = max(args.num_generations * (args.max_prompt + args.gen_length),
                  args.micro_batch * (args.max_prompt + args.sft_length))
@@ -859,8 +860,9 @@ def main(argv=None):
         model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
     if args.adapter:
         load_adapter(args.adapter, model)
-    model.compute_dtype = dtype                  # of float32 weights, too: bfloat16 ones would not
-    model.gradient_checkpointing = args.gradient_checkpointing    # notice steps of 3e-6
+    # trained weights stay float32, for bfloat16 ones would not notice steps of 3e-6
+    model.compute_dtype = dtype
+    model.gradient_checkpointing = args.gradient_checkpointing
     if args.gradient_checkpointing is None:
         model.gradient_checkpointing = not activations_fit(args, model.config)
     if args.compile:

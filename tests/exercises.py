@@ -44,7 +44,8 @@ Each can be compared with a measured result in the README or in assets/notebook.
 1. **Does the prompt mask earn its keep?** On equations, from the SFT model, `--p_mask_prompt` 0,
    0.15 and 0.3 gave 72, 77 and 89 % (one base): is that order real? Five seeds will tell.
 2. **Fixed or random masks.** `--fixed_mask` with `--num_iterations` 2, 12 and 24: plot the
-   reward against updates and against seconds. The README's result contradicts the paper's. Why?
+   reward against updates and against seconds. At mu 12 and 24 random masks won on base 2, fixed
+   ones on base 0 (README): which of the two is the rule?
 3. **The KL term.** `--beta 0.04` from base 0 on equations is slow, and slides back (the notebook
    has the curve). Is it the groups without a gradient? Leave the KL out of those (`grpo_loss`).
 4. **A better view.** `--estimator coupled` reached 99 % where d1's reached 77, at equal forward

@@ -10,6 +10,7 @@ assets/results/nano.jsonl. Stop at any time and repeat the command; several proc
 work if each has its own bases. Figures need matplotlib.
 """
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -228,9 +229,9 @@ def truth(args, base, task, stage, num_groups, draws):
             row['rank'] += [rank_correlation(line, exact) for line in sequence]
             row['cosine'] += [cosine(line, true_gradient) for line in gradients]
             row['norm'] += (gradients.norm(dim=1) / true_gradient.norm()).tolist()
-            mean = gradients.mean(0)
-            row['cosine_of_mean'] += [cosine(mean, true_gradient)]
-            variance = (gradients - mean).square().sum() / max(1, len(gradients) - 1)
+            mean_gradient = gradients.mean(0)
+            row['cosine_of_mean'] += [cosine(mean_gradient, true_gradient)]
+            variance = (gradients - mean_gradient).square().sum() / max(1, len(gradients) - 1)
             row['noise'] += [(variance.sqrt() / true_gradient.norm()).item()]
             sums[name] = sums[name] + gradients[0]
     for name, row in found.items():
@@ -350,14 +351,26 @@ def save(figure, folder, name, rect=(0, 0, 1, 1)):
     print(os.path.relpath(path))
 
 
-def band(axis, curves, label, colour, smooth=3, x=None):
-    """Mean over runs, with the lowest and the highest as a band; x: else 1, 2, ..."""
+def mean(values):
+    return sum(values) / len(values)
+
+
+def mean_curve(curves):
+    """The mean over runs at each iteration, as far as all have come."""
+    return [mean(values) for values in zip(*curves)]
+
+
+def smoothed(curve, width):
+    """Each value replaced by the mean of the `width` values around it, fewer at the ends."""
+    half = width // 2
+    return [mean(curve[max(0, k - half):k + half + 1]) for k in range(len(curve))]
+
+
+def band(axis, curves, label, colour, width=3):
+    """Mean over runs, with the lowest and the highest as a band."""
     n = min(map(len, curves))
-    curves = torch.tensor([curve[:n] for curve in curves])
-    kernel = torch.ones(1, 1, smooth) / smooth
-    padded = torch.nn.functional.pad(curves[:, None], (smooth // 2, smooth // 2), 'replicate')
-    curves = torch.nn.functional.conv1d(padded, kernel)[:, 0]
-    x = range(1, n + 1) if x is None else x[:n]
+    curves = torch.tensor([smoothed(curve[:n], width) for curve in curves])
+    x = range(1, n + 1)
     axis.plot(x, curves.mean(0), color=colour, label=label)
     axis.fill_between(x, curves.min(0).values, curves.max(0).values, color=colour, alpha=0.2)
 
@@ -388,9 +401,9 @@ def results_figure(rows, folder):
         for j, task in enumerate(TASKS):
             found = [100 * score for score in scores(rows, kind, stage, task, 32)]
             if found:
-                mean = sum(found) / len(found)
-                ours.bar(j + 0.2 * i, mean, 0.2, color=COLOURS[i],
-                         yerr=[[mean - min(found)], [max(found) - mean]], ecolor=GREY,
+                height = mean(found)
+                ours.bar(j + 0.2 * i, height, 0.2, color=COLOURS[i],
+                         yerr=[[height - min(found)], [max(found) - height]], ecolor=GREY,
                          label=label if j == 0 else None)
     table = [[76.7, 32.4, 19.5, 6.7], [78.8, 32.6, 14.5, 8.5], [79.8, 37.2, 31.3, 12.9],
              [81.1, 38.6, 32.0, 16.7]]           # the paper's Table 1, 256 tokens
@@ -420,10 +433,10 @@ def truth_figure(rows, folder):
         for axis, key in zip(axes, ('bias', 'rank', 'cosine')):
             found = [[row['estimators'][name][key] for row in rows] for name in names]
             forwards = [rows[0]['estimators'][name]['forwards'] * 1.04 ** (i - 2) for name in names]
-            mean = [sum(values) / len(values) for values in found]
-            errors = [[m - min(values) for m, values in zip(mean, found)],
-                      [max(values) - m for m, values in zip(mean, found)]]
-            axis.errorbar(forwards, mean, yerr=errors, marker='o', markersize=4, color=colour,
+            means = [mean(values) for values in found]
+            errors = [[m - min(values) for m, values in zip(means, found)],
+                      [max(values) - m for m, values in zip(means, found)]]
+            axis.errorbar(forwards, means, yerr=errors, marker='o', markersize=4, color=colour,
                           label=label, capsize=2, elinewidth=0.8)
     axes[0].set(ylabel='log p - exact log p, nats (bias)')
     axes[1].set(ylabel='rank correlation in a group', ylim=(None, 1.02))
@@ -434,9 +447,9 @@ def truth_figure(rows, folder):
         axis.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc='lower center')
     bases, tasks = ({row[key] for row in rows} for key in ('base', 'task'))
-    figure.suptitle(f'{sum(row["completions"] for row in rows)} rollouts in groups of 8; bases '
-                    f'{", ".join(map(str, sorted(bases)))}, SFT and d1 models; {len(tasks)} tasks: '
-                    'mean and range over models', fontsize=8)
+    figure.suptitle(f'{sum(row["completions"] for row in rows)} rollouts in groups of 8; base, SFT '
+                    f'and d1 models of bases {", ".join(map(str, sorted(bases)))}; {len(tasks)} '
+                    'tasks: mean and range over models', fontsize=8)
     figure.subplots_adjust(bottom=0.28)
     save(figure, folder, 'truth', rect=(0, 0.07, 1, 1))
 
@@ -444,6 +457,8 @@ def truth_figure(rows, folder):
 def ablation_figure(rows, folder):
     """Reward during training; every cell has the same number of forward passes."""
     figure, axes = new_figure(4, 2.8)
+    bases = {row['base'] for row in rows if row['kind'] in ABLATIONS}
+    rows = [row for row in rows if row['base'] in bases]
 
     def curves(name, key='reward'):
         name = 'd1' if name == 'pmask0.15' else name
@@ -452,15 +467,11 @@ def ablation_figure(rows, folder):
     for i, (name, mu) in enumerate(mus):
         if not curves(name):
             continue
-        colour, n = COLOURS[i // 2], min(map(len, curves(name)))
-        updates = [mu * (k + 1) for k in range(n)]
-        every = [sum(line[:k + 1]) / len(curves(name, 'seconds')) for k in range(n)
-                 for line in [[sum(values) for values in zip(*curves(name, 'seconds'))]]]
-        for axis, x in ((axes[0], updates), (axes[1], every)):
-            mean = [sum(values) / len(values) for values in zip(*curves(name))]
-            smooth = [sum(mean[max(0, k - 2):k + 3]) / len(mean[max(0, k - 2):k + 3])
-                      for k in range(n)]
-            axis.plot(x, smooth, color=colour, linestyle='--' if 'fixed' in name else '-',
+        reward = smoothed(mean_curve(curves(name)), 5)
+        updates = [mu * (k + 1) for k in range(len(reward))]
+        seconds = list(itertools.accumulate(mean_curve(curves(name, 'seconds'))))
+        for axis, x in ((axes[0], updates), (axes[1], seconds)):
+            axis.plot(x, reward, color=COLOURS[i // 2], linestyle='--' if 'fixed' in name else '-',
                       label=name.replace('mu', 'mu ').replace('-', ', '))
     masks = ['pmask0', 'pmask0.15', 'pmask0.3', 'pmask0.5', 'pmask0.7']
     for name, colour in zip(masks, COLOURS):
@@ -471,11 +482,9 @@ def ablation_figure(rows, folder):
         found = [100 * score for score in scores(rows, name, 'grpo', 'math', 32)]
         if found:
             axes[3].plot(found, [j] * len(found), 'o', color=COLOURS[0], alpha=0.6)
-            axes[3].plot(sum(found) / len(found), j, '|', color=GREY, markersize=14)
-    bases = {row['base'] for row in rows if row['kind'] in ABLATIONS}
-    start = [100 * score for score in scores([row for row in rows if row['base'] in bases],
-                                             'base', 'sft', 'math', 32)]
-    axes[3].axvline(sum(start) / len(start), color=GREY, linestyle=':', linewidth=1)
+            axes[3].plot(mean(found), j, '|', color=GREY, markersize=14)
+    start = [100 * score for score in scores(rows, 'base', 'sft', 'math', 32)]
+    axes[3].axvline(mean(start), color=GREY, linestyle=':', linewidth=1)
     axes[0].set(xlabel='updates', ylabel='reward, equations', title='prompt masks')
     axes[1].set(xlabel='seconds', title='prompt masks')
     axes[2].set(xlabel='iteration', title='masked share of the prompt')
@@ -487,7 +496,7 @@ def ablation_figure(rows, folder):
                       bbox_to_anchor=(place, 0), ncols=3)
     for axis in axes:
         axis.title.set_fontsize(8)
-    axes[3].text(sum(start) / len(start), -0.5, 'SFT', fontsize=6, ha='right', color=GREY)
+    axes[3].text(mean(start), -0.5, 'SFT', fontsize=6, ha='right', color=GREY)
     figure.suptitle('Equations from the SFT model, bases ' + ', '.join(map(str, sorted(bases)))
                     + ', equal forward passes; accuracy: a dot per base, n = 512', fontsize=8)
     save(figure, folder, 'ablations', rect=(0, 0.12, 1, 1))

@@ -52,7 +52,7 @@ def out(tmp_path_factory):
     for _ in range(2):
         folder = tmp_path_factory.mktemp('out')
         done = two_processes(folder)
-        # seen once in ten: a thread of torch's own is alive when its process ends, which aborts it
+        # seen once in ten starts, the cause not found: one of the processes aborts
         if 'terminate called without an active exception' not in done.stderr:
             break
     assert done.returncode == 0, done.stderr[-3000:]

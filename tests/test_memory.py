@@ -80,3 +80,5 @@ def test_a_gpu_with_room_computes_activations_once(monkeypatch, micro_batch, gen
     for free, fits in ((needed, False), (3 * needed, True)):
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (free, 10 * free))
         assert train.activations_fit(args, config) == fits
+    args.lora_rank = 0
+    assert not train.activations_fit(args, config), 'the optimizer needs the room'

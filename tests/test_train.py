@@ -268,6 +268,8 @@ def test_checkpoints_are_at_least_save_minutes_apart(out, monkeypatch):
 def test_evaluations_on_the_way_keep_the_adapter_of_each(out):
     folder = run(out, 'watched', '--eval_every', '2', '--lora_rank', '4', '--learning_rate', '3e-2')
     assert list(results(folder)) == ['constant', 'base', 'sft', 'grpo-2', 'grpo']
+    config = json.loads((folder / 'adapter-2' / 'adapter_config.json').read_text())
+    assert config['base_model_name_or_path'] == str(out / 'base-0' / 'model')
     scored = run(out, 'step-2', '--eval_only', '--adapter', str(folder / 'adapter-2'))
     assert results(scored)['base'] == results(folder)['grpo-2']
     assert results(folder)['grpo-2'] != results(folder)['sft']
