@@ -53,9 +53,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     kl = torch.zeros_like(logps)
     if beta:
         difference = (ref_logps - logps).masked_fill(outside, 0).clamp(max=80)
-        kl = difference.exp() - difference - 1                   # k3 estimate, never negative
         if kl_estimate == 'k2':
             kl = difference.square() / 2
+        else:
+            kl = difference.exp() - difference - 1               # k3, never negative
 
     # the clip cuts the gradient only where the clipped branch is the smaller one
     clip_high = (ratio > 1 + epsilon) & (A > 0)
@@ -73,26 +74,22 @@ def masked_mean(values, mask, norm):
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-# ---- other losses: the same arguments, the same statistics ----
+# ---- other losses: grpo_loss's arguments as far as they need them, the same statistics ----
+
+def mean_logps(logps, completion_mask):
+    """logps (B, L) -> (B, 1): each completion's mean per token."""
+    return (logps * completion_mask).sum(1, keepdim=True) / completion_mask.sum(1, keepdim=True)
+
 
 def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04):
     """One ratio per sequence, of the mean log-prob per token, clipped (ESPO, arXiv 2512.03759).
 
     A sequence goes up or down as a whole. The KL is the k2 estimate of the same means.
     """
-    lengths = completion_mask.sum(1)                             # (B,)
-    log_ratio = ((logps - old_logps) * completion_mask).sum(1) / lengths
-    ratio = log_ratio.clamp(max=80).exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    kl = torch.zeros_like(ratio)
-    if beta:
-        kl = (((logps - ref_logps) * completion_mask).sum(1) / lengths).square() / 2
-    loss = (beta * kl - objective).mean()
-    clip_high = (ratio > 1 + epsilon) & (advantages > 0)
-    clip_low = (ratio < 1 - epsilon) & (advantages < 0)
-    stats = dict(ratio=ratio, clip_high=clip_high.float(), clip_low=clip_low.float(), kl=kl)
-    return loss, {name: value.mean().item() for name, value in stats.items()}
+    new, old = mean_logps(logps, completion_mask), mean_logps(old_logps, completion_mask)
+    ref = mean_logps(ref_logps, completion_mask) if beta else None
+    return grpo_loss(new, old, ref, advantages, torch.ones_like(new, dtype=torch.bool), epsilon,
+                     beta, kl_estimate='k2')
 
 
 def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04):
@@ -100,11 +97,12 @@ def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilo
 
     grpo_loss lets a ratio through unclipped where A < 0, however large its noise has made it.
     """
-    loss, stats = grpo_loss(logps, old_logps, ref_logps, 0 * advantages, completion_mask, epsilon,
-                            beta)                                # the KL term alone
+    tensors = logps, old_logps, ref_logps
+    _, stats = grpo_loss(*tensors, advantages, completion_mask, epsilon, beta)
+    kl_term, _ = grpo_loss(*tensors, 0 * advantages, completion_mask, epsilon, beta)
     log_ratio = (logps - old_logps).masked_fill(~completion_mask.bool(), 0)
     ratio = log_ratio.clamp(max=80).exp().clamp(1 - epsilon, 1 + epsilon) * completion_mask
-    return loss - (ratio * advantages.unsqueeze(1)).sum() / ratio.sum(), stats
+    return kl_term - (ratio * advantages.unsqueeze(1)).sum() / ratio.sum(), stats
 
 
 def wd1_loss(logps, advantages, completion_mask):
@@ -112,14 +110,17 @@ def wd1_loss(logps, advantages, completion_mask):
 
     -sum softmax(A) log p + sum softmax(-A) log p over the group, log p as a mean per token.
     """
-    sequence_logps = (logps * completion_mask).sum(1) / completion_mask.sum(1)
-    weights = advantages.softmax(0) - (-advantages).softmax(0)
-    return -(weights * sequence_logps).sum(), dict(ratio=1.0, clip_high=0.0, clip_low=0.0, kl=0.0)
+    weights = advantages.softmax(0) - (-advantages).softmax(0)           # (B,)
+    loss = -(weights * mean_logps(logps, completion_mask)[:, 0]).sum()
+    return loss, dict(ratio=1.0, clip_high=0.0, clip_low=0.0, kl=0.0)
 
 
 def policy_loss(logps, old_logps, ref_logps, advantages, completion_mask, kind, epsilon, beta, norm,
                 kl_estimate):
-    """The loss of this kind and its statistics; arguments as in grpo_loss."""
+    """The loss of this kind and its statistics; arguments as in grpo_loss.
+
+    norm and kl_estimate are for kind 'grpo' only; 'wd1' takes no epsilon and beta either.
+    """
     if kind == 'wd1':
         return wd1_loss(logps, advantages, completion_mask)
     tensors = logps, old_logps, ref_logps, advantages, completion_mask
@@ -156,7 +157,7 @@ def complete(model, tokenizer, prompts, sampling, generators=None, prefill=''):
     end in and that belongs to the answer.
     """
     prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
-    order = prompt_ids.new_zeros(len(prompts), sampling['gen_length'])       # step of each token
+    order = prompt_ids.new_empty(len(prompts), sampling['gen_length'])       # generate fills it in
     completion_ids = generate(model, prompt_ids, attention_mask=attention_mask,
                               generators=generators, order=order, **sampling)
     mask = completion_mask(completion_ids, model.config.end_ids)
@@ -183,7 +184,7 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
     for i, (k, task, prompt, example) in enumerate(problems):
         rows = slice(i * num_generations, (i + 1) * num_generations)
         grades = rewards.grade_all(task, texts[rows], [example] * num_generations)
-        reward = torch.tensor([float(reward) for reward, _ in grades], device=model.device)
+        reward = torch.tensor([float(r) for r, _ in grades], device=model.device)
         prompt_ids = torch.tensor([prompt] * num_generations, device=model.device)
         advantages = group_advantages(reward, num_generations, divide_by_std)
         groups.append(Group(k, task, example, prompt_ids, completion_ids[rows], mask[rows],
@@ -203,7 +204,10 @@ def fixed_logps(model, reference, group, loss, beta, batch):
     if loss == 'wd1':
         return [None] * mu, [None] * mu
     prompt_masks = torch.cat(group.prompt_masks)                 # (mu*G, P)
-    views = [View(*map(torch.cat, zip(*alike))) for alike in zip(*group.views)]
+    views = []                                                   # stacked as the prompt masks are
+    for copies in zip(*group.views):
+        masked, scored, weight = zip(*copies)
+        views.append(View(torch.cat(masked), torch.cat(scored), torch.cat(weight)))
 
     def all_masks(policy):
         parts = []
@@ -213,9 +217,9 @@ def fixed_logps(model, reference, group, loss, beta, batch):
             parts.append(completion_logps(policy, group.prompt_ids[own], group.completion_ids[own],
                                           prompt_masks[rows], group.completion_mask[own],
                                           row_views))
-        return torch.cat(parts).chunk(mu)
+        return list(torch.cat(parts).chunk(mu))
     old_logps = all_masks(model)
     if not beta:
         return old_logps, [None] * mu
-    with lora_off(reference):
+    with lora_off(reference):                                    # a frozen copy has no adapters
         return old_logps, all_masks(reference)

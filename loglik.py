@@ -1,4 +1,4 @@
-"""Log-probabilities of a completion, which a masked diffusion model has no left-to-right ones of.
+"""Log-probs of a completion; a masked diffusion model has no exact left-to-right ones.
 
 d1 (arXiv 2504.12216, section 3.1) takes log p(o|q) as the sum over k of log p(o_k|q'), all from one
 forward pass in which the whole completion o is masked and each prompt token is masked with
@@ -28,6 +28,12 @@ class View(NamedTuple):
     weight: torch.Tensor       # (B, 1): of these log-probs in the sum
 
 
+def whole_view(completion_ids):
+    """d1's view: all of a completion masked, every token scored."""
+    everything = torch.ones_like(completion_ids, dtype=torch.bool)
+    return View(everything, everything, everything[:, :1].float())
+
+
 def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None,
                      views=None, temperature=None):
     """log p(o_k | q') of every completion token, (B, L) float32; d1's one-step estimate.
@@ -38,11 +44,9 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     views: those of another estimator; temperature: see LLaDA.token_logps.
     """
     mask_id = model.config.mask_id
-    everything = torch.ones_like(completion_ids, dtype=torch.bool)
+    views = views or [whole_view(completion_ids)]
     if completion_mask is None:
-        completion_mask = everything
-    if views is None:
-        views = [View(everything, everything, torch.ones_like(everything[:, :1]))]
+        completion_mask = torch.ones_like(completion_ids, dtype=torch.bool)
     prompt = prompt_ids.masked_fill(prompt_mask, mask_id)                    # (B, P): q'
     logps = torch.zeros(completion_ids.shape, device=completion_ids.device)
     for view in views:
@@ -110,7 +114,7 @@ def draw_views(estimator, num_views, order, generator=None):
         L = order.size(1)
         return segment_views(torch.arange(L, device=order.device).expand_as(order), L)
     assert estimator == 'one_step', estimator
-    return segment_views(order, 1)
+    return [whole_view(order)]
 
 
 def exact_logps(model, prompt_ids, completion_ids, order, completion_mask, block_length,

@@ -70,7 +70,7 @@ class Config:
         own = {}
         for ours, theirs in (QWEN3_KEYS if qwen3 else LLADA_KEYS).items():
             kind = cls.__dataclass_fields__[ours].type
-            if not isinstance(keys.get(theirs), (int, kind)):
+            if not isinstance(keys.get(theirs), (int, kind)):    # an int will do for a float
                 raise ValueError(f'config.json has {theirs}={keys.get(theirs)!r}: it should be a '
                                  f'{kind.__name__}; is this a LLaDA or Qwen3 diffusion model?')
             own[ours] = keys[theirs]
@@ -406,7 +406,7 @@ def merge_lora(model):
     return model.requires_grad_(True)
 
 
-@torch.no_grad()
+@torch.no_grad()                        # the adapters are trained tensors, W is a plain one
 def merge_layer(layer):
     delta = layer.lora_scale * layer.lora_b @ layer.lora_a
     layer.weight.copy_(layer.weight.float() + delta)
@@ -415,7 +415,7 @@ def merge_layer(layer):
 
 
 def save_adapter(folder, model, base):
-    """Writes all adapters, merged or not, as the peft library reads them; base: their model."""
+    """Writes all adapters, merged or not, as peft reads them; base: the name of their model."""
     os.makedirs(folder, exist_ok=True)
     tensors, ranks = {}, {}
     for name, (a, b) in side_by_side(model.merged, lora_adapters(model)).items():
@@ -449,10 +449,9 @@ def load_adapter(folder, model):
         place = key.removeprefix('base_model.model.').replace('.lora_A.', '.')
         name, layer = layers.get(place, ('', None))
         kind = name.rpartition('.')[2]
-        rank = config.get('rank_pattern', {}).get(kind, config.get('r'))
-        alpha = config.get('alpha_pattern', {}).get(kind, config.get('lora_alpha'))
+        alpha = config.get('alpha_pattern', {}).get(kind, config.get('lora_alpha', 8))
         a = file.get_tensor(key).float()                         # (r, in)
-        b = file.get_tensor(key.replace('.lora_A.', '.lora_B.')).float() * (alpha / rank)
+        b = file.get_tensor(key.replace('.lora_A.', '.lora_B.')).float() * (alpha / len(a))
         if layer is None or (len(b), a.size(1)) != layer.weight.shape:
             raise ValueError(f'{folder} is an adapter of another model: it has {key}')
         layer.weight.copy_(layer.weight.float() + (b @ a).to(layer.weight.device))
@@ -619,8 +618,8 @@ def nano_tokenizer():
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [str(n) for n in range(10, 100)] + [f'0{n}' for n in range(10)]
     words += [form for word in WORDS for form in (word, ' ' + word)] + PUNCTUATION
-    words = [spell.pre_tokenize_str(word)[0][0] for word in words]
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + words
+    words = [spell.pre_tokenize_str(word)[0][0] for word in words]   # in GPT-2's signs of bytes
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + words     # a sign per byte comes first
     special = ['<|endoftext|>', '<|mask|>', '<|assistant|>']
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(special + pieces))}
     t = Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True))  # known words are not spelled

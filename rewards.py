@@ -382,7 +382,7 @@ def draw_sudoku(rng):
     while len(fitting) != 1:
         empty = rng.sample(range(16), blanks)
         puzzle = ''.join('0' if i in empty else digit for i, digit in enumerate(solution))
-        fitting = re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())
+        fitting = re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())   # all its solutions
     guess = ''
     for i in range(0, 16, 4):                        # looks only at the row, and counts up
         lacking = sorted(set('4321') - set(puzzle[i:i + 4]), reverse=True)
@@ -569,7 +569,7 @@ def read_rows(source, config=None, split=None):
             if name.endswith('.csv'):
                 return list(csv.DictReader(file))
             if name.endswith('.json'):
-                return [dict(row) for row in json.load(file)]
+                return [dict(row) for row in json.load(file)]    # raises on what is no object
             rows = []
             for i, line in enumerate(file, 1):
                 where = f'line {i}: '
@@ -708,6 +708,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     """
     if not tests or len(code) > MAX_CODE or not may_compile(code):
         return 0.0
+    # the second line, the tests, is read only after the completion's process has been forked off
     message = (json.dumps([code, time.monotonic() + timeout]) + '\n'
                + json.dumps([tests, setup, entry_point]))
     # not -I, which would ignore PYTHONHASHSEED: the order of sets must not change from run to run

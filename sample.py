@@ -29,7 +29,7 @@ def choose(logits, mask_id, temperature=0.0, remasking='low_confidence', generat
     """
     B, n, _ = logits.shape
     logits = logits.float()
-    logits[..., mask_id] = -torch.inf                            # in the caller's tensor, too
+    logits[..., mask_id] = -torch.inf            # in the caller's tensor, too, if it is float32
     generators = generators or [None] * B
     num_masks = num_masks or [n] * B
     scores = logits
@@ -102,6 +102,8 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
         completion_ids = ids[:, prompt_ids.size(1):]
         if order is not None:
             order.masked_fill_((order < 0) & (completion_ids != model.config.mask_id), step)
+    if order is not None:
+        order.clamp_(max=step - 1)               # the last state adds eos only, and is no step
     return completion_ids.clone()                # no inference tensor, so that gradients can use it
 
 
@@ -171,7 +173,8 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
 def to_commit(confidence, is_mask, count, threshold):
     """Which predictions a step commits, (R, n) bool: the `count` surest, or all above a threshold.
 
-    is_mask (R, n): False where a row has fewer masks than others; count: a list of one number.
+    is_mask (R, n): False where a row has fewer masks than others; count: a list of one number,
+    which a threshold does not look at.
     """
     if threshold:
         confidence = confidence.masked_fill(~is_mask, -1)
@@ -233,8 +236,9 @@ def torch_stream(device, *key):
     return torch.Generator(device).manual_seed(random_stream(*key).getrandbits(63))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)                 # shuffled asks for it once per item
 def epoch_order(n, *key):
+    """A permutation of range(n), of the key alone."""
     return random_stream(*key).sample(range(n), n)
 
 
@@ -270,7 +274,10 @@ def show(model, tokenizer, prompt, generators, sampling):
     print(tokenizer.decode(prompt))
     prompt_ids = torch.tensor([prompt], device=model.device)
     order = [None] * sampling['gen_length']                      # the step of each token
+    completion = []
     for step, ids in enumerate(denoise(model, prompt_ids, generators=generators, **sampling)):
+        if ids[0, len(prompt):].tolist() == completion:          # the last state may come twice
+            break
         completion = ids[0, len(prompt):].tolist()
         for k, token in enumerate(completion):
             if token != model.config.mask_id and order[k] is None:

@@ -41,7 +41,7 @@ def masked_loss(logps, masked, t, num_tokens):
 
 
 def sft_loss(logits, labels, t, num_prompt_tokens=0):
-    """The same from logits (B, T, V), as the official code writes it; a scalar.
+    """The same from logits (B, T, V), as the official code writes it, for comparison; a scalar.
 
     labels (B, T), -100 where nothing is scored; t (B, T) or (B, 1); num_prompt_tokens: how many of
     the B*T positions are prompt, which the mean leaves out.
@@ -199,7 +199,7 @@ def hide_replies(answers, masked, close_id):
 @dataclass
 class Corpus:
     """What the nano base is pretrained on: texts about the problems of some tasks."""
-    rows: dict                 # task -> examples of a file, or None: built-in problems
+    rows: dict                 # task -> examples of a file; None or empty: built-in problems
     tokenizer: object
     seed: int
     steps: int                 # updates in all

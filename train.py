@@ -69,7 +69,7 @@ FLAGS = [
     ('num_generations', 8, 6, 'completions per prompt (G)'),
     ('num_iterations', 4, 12, 'updates per outer iteration (mu)'),
     ('p_mask_prompt', 0.15, 0.15, 'probability to mask a prompt token (p_mask)'),
-    ('fixed_mask', False, False, 'one prompt mask for all mu updates, for the ablation'),
+    ('fixed_mask', False, False, 'the same prompt mask and views in all mu updates'),
     ('epsilon', 0.5, 0.5, 'clip range of the ratio (epsilon)'),
     ('beta', 0.0, 0.04, 'weight of the KL term (beta)'),
     ('kl', 'k3', 'k3', 'estimate of the KL term'),
@@ -78,7 +78,7 @@ FLAGS = [
     ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others'),
     ('num_views', 4, 4, 'forward passes of the estimators stepmerge and elbo'),
     ('loss', 'grpo', 'grpo', 'of the policy; grpo.py has the others'),
-    ('learning_rate', 5e-5, 3e-6, 'AdamW, constant'),
+    ('learning_rate', 2e-5, 3e-6, 'AdamW, constant'),
     ('weight_decay', 0.1, 0.1, 'AdamW'),
     ('max_grad_norm', 0.2, 0.2, 'gradient clipping'),
     # Sampling
@@ -90,7 +90,7 @@ FLAGS = [
     ('cfg_scale', 0.0, 0.0, 'classifier-free guidance'),
     ('cache', False, False, 'keep keys and values outside the block; faster, not exact'),
     ('threshold', 0.0, 0.0, 'commit every token of this confidence, at least one (0 = off)'),
-    ('rollout_batch', 64, 6, 'completions per call of the sampler, at least one group'),
+    ('rollout_batch', 64, 6, 'completions per forward pass, at least one group'),
     # SFT
     ('sft_steps', 60, 2500, 'updates'),
     ('sft_batch', 32, 8, 'sequences per update'),
@@ -129,17 +129,19 @@ def train_grpo(args, model, tokenizer, problems, tests):
     prompts_per_call = max(1, args.rollout_batch // args.num_generations)
     num_prefill = len(prefill_ids(args, tokenizer))
     start = load_checkpoint(args, 'grpo', model, [optimizer])
-    for group in optimizer.param_groups:
-        group['lr'] = args.learning_rate         # a resumed run may have been given another
+    for part in optimizer.param_groups:
+        part['lr'] = args.learning_rate          # a resumed run may have been given another
     for step in progress_bar('grpo', start, args.grpo_steps):                                  # 2
+        # before the step and not after it, so that a resumed run makes up for a killed evaluation
         if args.eval_every and step and step % args.eval_every == 0:
             evaluate(args, model, tokenizer, tests, f'grpo-{step}')
             keep_adapter(args, model, f'adapter-{step}')
         began = time.time()
-        drawn = [(k, *problems.draw(step * args.num_prompts + k))                              # 4
-                 for k in my_share(args.num_prompts)]
+        drawn = []                               # (k, task, prompt ids, example)
+        for k in my_share(args.num_prompts):
+            drawn.append((k, *problems.draw(step * args.num_prompts + k)))                     # 4
 
-        # G completions of every prompt, their rewards and advantages                       3, 5, 6
+        # G completions of every prompt, their rewards and advantages                          5, 6
         groups = []
         for first in range(0, len(drawn), prompts_per_call):
             groups += rollout(model, tokenizer, drawn[first:first + prompts_per_call],
@@ -154,7 +156,7 @@ def train_grpo(args, model, tokenizer, problems, tests):
                 group.prompt_masks.append(random_prompt_mask(                                  # 8
                     group.prompt_ids, args.p_mask_prompt, stream, num_prefill))
                 group.views.append(draw_views(args.estimator, args.num_views, group.order, stream))
-            group.old_logps, group.ref_logps = fixed_logps(
+            group.old_logps, group.ref_logps = fixed_logps(                                    # 3
                 model, reference, group, args.loss, args.beta, args.rollout_batch)
         rollout_seconds = time.time() - began
 
@@ -163,11 +165,11 @@ def train_grpo(args, model, tokenizer, problems, tests):
             for group in groups:
                 logps = completion_logps(model, group.prompt_ids, group.completion_ids,
                                          group.prompt_masks[n], group.completion_mask,
-                                         group.views[n])                                       # 9
+                                         group.views[n])     # at temperature 1, as d1         # 9
                 loss, stat = policy_loss(logps, group.old_logps[n], group.ref_logps[n],
                                          group.advantages, group.completion_mask, args.loss,
                                          args.epsilon, args.beta, args.norm, args.kl)          # 10
-                (loss / args.num_prompts).backward()
+                (loss / args.num_prompts).backward()             # of all processes' prompts
                 stats.append(dict(stat, loss=loss.item()))
             sum_gradients(model)                 # over the processes, if there are several
             grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -224,7 +226,10 @@ def adamw(model, learning_rate, weight_decay):
 
 
 def reference_policy(args, model):
-    """The reference: the policy itself, whose adapters can be switched off, or a frozen copy."""
+    """The reference: the policy itself, whose adapters can be switched off, or a frozen copy.
+
+    They are those of diffu-GRPO alone: SFT's have been merged into the weights.
+    """
     if args.lora_rank or not args.beta:
         return model
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -238,7 +243,7 @@ def sampling_knobs(args):
 
 
 def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
-    """One line per iteration, on the screen and in log.jsonl; now and then a completion."""
+    """A line per iteration, on the screen and in log.jsonl; a completion in samples.jsonl."""
     rows = []
     for group in groups:
         rows.append(dict(reward=group.rewards.mean().item(),
@@ -379,9 +384,9 @@ def answers(args, model, tokenizer, problems, length, label):
     found = []
     for first in progress_bar(label, 0, len(mine), args.eval_batch):
         batch = [problems[i] for i in mine[first:first + args.eval_batch]]
-        task, prompts, examples = zip(*batch)
+        tasks, prompts, examples = zip(*batch)   # of one task
         _, mask, _, texts = complete(model, tokenizer, prompts, sampling, prefill=args.prefill)
-        grades = rewards.grade_all(task[0], texts, examples)
+        grades = rewards.grade_all(tasks[0], texts, examples)
         for example, text, tokens, grade in zip(examples, texts, mask.sum(1).tolist(), grades):
             found.append(dict(question=example['question'], generations=text, reward=grade[0],
                               correct=grade[1], ground_truth=example['answer'],
@@ -769,7 +774,7 @@ def nano_base(args, tokenizer):
                       torch.optim.AdamW(others, 1e-3, (0.9, 0.95), weight_decay=0.0)]
         corpus = Corpus(rows, tokenizer, base.seed, args.base_steps, args.gen_length, model.config)
         train_sft(base, 'base', model, optimizers, corpus, args.base_steps)
-        save_model(finished, model, tokenizer, 'nano')
+        save_model(finished, model, tokenizer, 'nano')           # the tokenizer is ours
     gather([])                                   # all wait for process 0
     return finished
 

@@ -37,8 +37,9 @@ KINDS = {
     'skill': (['math', 'code'], 'made', '--stages grpo --prefill <reasoning> --grpo_steps 80 '
                                         '--eval_every 20 --eval_lengths 32'),
 }
-# The paper's ablations and the later methods, with as many iterations as make the forward passes
-# of every cell equal: 40 * (16 denoising steps + 4 updates * 2 policies) = 960 per completion.
+# The paper's ablations and the later methods, one change each, with as many iterations as make the
+# forward passes of every cell equal: 40 * (16 denoising steps + 4 updates * 2 policies) = 960 per
+# completion. From the base, which must find thinking, and one model for all five tasks.
 ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu} --grpo_steps {steps}{flag}'
              for mu, steps in ((2, 48), (12, 24), (24, 15))
              for kind, flag in (('random', ''), ('fixed', ' --fixed_mask'))}
@@ -46,18 +47,16 @@ ABLATIONS |= {f'pmask{p}': f'--p_mask_prompt {p}' for p in (0, 0.3, 0.5, 0.7)}
 ABLATIONS |= {'std': '--divide_by_std', 'sequence': '--norm sequence'}
 METHODS = {
     'stable': '--loss stable',
-    'espo': '--loss espo --estimator coupled --grpo_steps 30',
     'wd1': '--loss wd1 --grpo_steps 48',
-    'coupled': '--estimator coupled --grpo_steps 30',
+    'elbo2': '--estimator elbo --num_views 2 --grpo_steps 30',
     'stepmerge4': '--estimator stepmerge --num_views 4 --grpo_steps 20',
-    'elbo2': '--estimator elbo --num_views 2 --grpo_steps 30'}
+    'coupled': '--estimator coupled --grpo_steps 30',
+    'espo': '--loss espo --estimator coupled --grpo_steps 30'}
 KL = {'beta0.04': '--beta 0.04', 'k2': '--beta 0.04 --kl k2',
-      'stable-kl': '--beta 0.04 --loss stable', 'lr2e-5': '--learning_rate 2e-5'}
-SHORT = '--stages grpo --eval_lengths 32 '
-# from the SFT model, which thinks already, on equations; from the base, which must find it
-KINDS |= {name: (['math'], 'sft', SHORT + flags) for name, flags in (ABLATIONS | METHODS).items()}
-KINDS |= {f'{name}-base': (['math'], 'base', SHORT + flags)
-          for name, flags in (METHODS | KL).items()}
+      'stable-kl': '--beta 0.04 --loss stable'}
+CHANGES = {'default': '', **METHODS, **ABLATIONS, **KL}
+KINDS |= {name: ([ALL], 'base', f'--stages grpo --eval_lengths 32 {flags}')
+          for name, flags in CHANGES.items()}
 
 
 def rows_of(path):
@@ -291,23 +290,36 @@ def main_table(rows, length):
         print(f'| {task} | ' + ' | '.join(cells) + f' | {", ".join(tokens)} |')
 
 
-def ablation_table(rows):
-    """One change each: from the SFT model, and from the base, which must find thinking."""
-    print('\nEquations, accuracy in %, mean (lowest to highest); found: runs above 60 %\n')
-    print('| change | from SFT | bases | from the base | bases | found | seconds per iteration |')
-    print('| --- ' * 7 + '|')
-    for name, flags in {'d1': 'default', **ABLATIONS, **METHODS, **KL}.items():
-        pairs = [[row for row in rows if row['kind'] == kind and row['tasks'] == 'math']
-                 for kind in (name, 'grpo' if name == 'd1' else f'{name}-base')]
-        if not any(pairs):
+def change_table(rows):
+    """One change each, one model for all tasks, from the base."""
+    print('\nAccuracy in % at 32 tokens, mean over bases; mean of the five tasks (lowest to '
+          'highest base); found: tasks and bases that gained at least 15 points\n')
+    print('| change | bases | ' + ' | '.join(NAMES.values())
+          + ' | mean | found | iterations | seconds |\n' + '| --- ' * 11 + '|')
+    bases = {row['base'] for row in rows if row['kind'] == 'default'}
+    before = {row['base']: row for row in rows if row['kind'] == 'base' and row['base'] in bases}
+    for name, flags in {'base': 'base', 'made': 'base made to think', **CHANGES}.items():
+        some = [row for row in rows if row['kind'] == name and row['base'] in bases]
+        stage = 'base' if name in ('base', 'made') else 'grpo'
+        if not some:
             continue
-        cells = []
-        for some in pairs:
-            found = scores(some, some[0]['kind'], 'grpo', 'math', 32) if some else []
-            cells += [spread(found), ' '.join(str(row['base']) for row in some)]
-        cells.append(f'{sum(score > 0.6 for score in found)} of {len(found)}' if found else '-')
-        seconds = [value for row in sum(pairs, []) for value in row['curve']['seconds']]
-        print(f'| {flags} | ' + ' | '.join(cells) + f' | {sum(seconds) / len(seconds):.2f} |')
+        cells = [mean(scores(some, name, stage, task, 32)) for task in TASKS]
+        gains = [score(row, stage, task) - score(before[row['base']], 'base', task)
+                 for row in some for task in TASKS]
+        print(f'| {flags or "default"} | {" ".join(str(row["base"]) for row in some)} | '
+              + ' | '.join(f'{100 * cell:.1f}' for cell in cells)
+              + f' | {spread([mean_score(row, stage) for row in some])}'
+              + f' | {sum(gain >= 0.15 for gain in gains)} of {len(gains)}'
+              + f' | {len(some[0]["curve"].get("reward", []))}'
+              + f' | {mean([sum(row["curve"].get("seconds", [0])) for row in some]):.0f} |')
+
+
+def score(row, stage, task):
+    return row['results'][stage][task]['32']['accuracy']
+
+
+def mean_score(row, stage):
+    return mean([score(row, stage, task) for task in TASKS])
 
 
 def truth_table(rows):
@@ -457,48 +469,54 @@ def truth_figure(rows, folder):
 def ablation_figure(rows, folder):
     """Reward during training; every cell has the same number of forward passes."""
     figure, axes = new_figure(4, 2.8)
-    bases = {row['base'] for row in rows if row['kind'] in ABLATIONS}
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'default'})
     rows = [row for row in rows if row['base'] in bases]
 
     def curves(name, key='reward'):
-        name = 'd1' if name == 'pmask0.15' else name
-        return [row['curve'][key] for row in rows if row['kind'] == name and row['tasks'] == 'math']
-    mus = [(f'mu{mu}-{kind}', mu) for mu in (2, 12, 24) for kind in ('random', 'fixed')]
-    for i, (name, mu) in enumerate(mus):
+        name = 'default' if name in ('pmask0.15', 'mu4') else name
+        return [row['curve'][key] for row in rows if row['kind'] == name]
+    mus = [('mu2-random', 2), ('mu2-fixed', 2), ('mu4', 4), ('mu12-random', 12), ('mu12-fixed', 12),
+           ('mu24-random', 24), ('mu24-fixed', 24)]
+    colours = dict(zip((2, 4, 12, 24), COLOURS))
+    for name, mu in mus:
         if not curves(name):
             continue
         reward = smoothed(mean_curve(curves(name)), 5)
         updates = [mu * (k + 1) for k in range(len(reward))]
         seconds = list(itertools.accumulate(mean_curve(curves(name, 'seconds'))))
         for axis, x in ((axes[0], updates), (axes[1], seconds)):
-            axis.plot(x, reward, color=COLOURS[i // 2], linestyle='--' if 'fixed' in name else '-',
+            axis.plot(x, reward, color=colours[mu], linestyle='--' if 'fixed' in name else '-',
                       label=name.replace('mu', 'mu ').replace('-', ', '))
     masks = ['pmask0', 'pmask0.15', 'pmask0.3', 'pmask0.5', 'pmask0.7']
     for name, colour in zip(masks, COLOURS):
         if curves(name):
-            band(axes[2], curves(name), name.replace('pmask', 'p_mask '), colour, 5)
-    methods = ['d1', 'stable', 'espo', 'wd1', 'coupled', 'stepmerge4', 'elbo2']
+            axes[2].plot(smoothed(mean_curve(curves(name)), 5), color=colour,
+                         label=name.replace('pmask', 'p_mask '))
+    methods = ['default', *METHODS]
     for j, name in enumerate(methods):
-        found = [100 * score for score in scores(rows, name, 'grpo', 'math', 32)]
+        found = [100 * mean_score(row, 'grpo') for row in rows if row['kind'] == name]
         if found:
             axes[3].plot(found, [j] * len(found), 'o', color=COLOURS[0], alpha=0.6)
             axes[3].plot(mean(found), j, '|', color=GREY, markersize=14)
-    start = [100 * score for score in scores(rows, 'base', 'sft', 'math', 32)]
-    axes[3].axvline(mean(start), color=GREY, linestyle=':', linewidth=1)
-    axes[0].set(xlabel='updates', ylabel='reward, equations', title='prompt masks')
+    for kind, label in (('base', 'base'), ('made', 'made to think')):
+        start = mean([100 * mean_score(row, 'base') for row in rows if row['kind'] == kind])
+        axes[3].axvline(start, color=GREY, linestyle=':', linewidth=1)
+        axes[3].text(start, -0.6, label, fontsize=6, ha='center', color=GREY)
+    axes[0].set(xlabel='updates', ylabel='mean reward', title='prompt masks')
     axes[1].set(xlabel='seconds', title='prompt masks')
     axes[2].set(xlabel='iteration', title='masked share of the prompt')
-    axes[3].set(xlabel='accuracy, %', title='losses, estimators')
-    axes[3].set_yticks(range(len(methods)), methods, fontsize=7)
+    axes[3].set(xlabel='accuracy, % (mean of 5 tasks)', title='losses, estimators\n')
+    axes[3].set_yticks(range(len(methods)), ['d1', *METHODS], fontsize=7)
     axes[3].invert_yaxis()
     for axis, place in ((axes[0], 0.25), (axes[2], 0.66)):
         figure.legend(*axis.get_legend_handles_labels(), fontsize=6, loc='lower center',
-                      bbox_to_anchor=(place, 0), ncols=3)
+                      bbox_to_anchor=(place, 0), ncols=4)
     for axis in axes:
         axis.title.set_fontsize(8)
-    axes[3].text(mean(start), -0.5, 'SFT', fontsize=6, ha='right', color=GREY)
-    figure.suptitle('Equations from the SFT model, bases ' + ', '.join(map(str, sorted(bases)))
-                    + ', equal forward passes; accuracy: a dot per base, n = 512', fontsize=8)
+        axis.xaxis.label.set_fontsize(8)
+    figure.suptitle('One model for all five tasks, from bases ' + ', '.join(map(str, bases))
+                    + '; equal forward passes; accuracy: a dot per base, n = 512 per task',
+                    fontsize=8)
     save(figure, folder, 'ablations', rect=(0, 0.12, 1, 1))
 
 
@@ -541,7 +559,7 @@ def main():
     rows = rows_of(args.results)
     for length in (32,) if args.quick else (32, 64):
         main_table(rows, length)
-    ablation_table(rows)
+    change_table(rows)
     truth_rows = rows_of(truth_file)
     truth_table(truth_rows)
     try:
@@ -552,7 +570,7 @@ def main():
     folder = args.out if args.quick else ASSETS
     learning_figure(rows, folder)
     results_figure(rows, folder)
-    if any(row['kind'] in ABLATIONS for row in rows):
+    if any(row['kind'] == 'default' for row in rows):
         ablation_figure(rows, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)

@@ -293,8 +293,10 @@ def test_stable_drl_bounds_a_ratio_that_grpo_lets_through():
     kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1
     rows = A[:, None].expand(3, 4)[mask]
     expected = 0.1 * kl[mask].mean() - (ratio * rows).sum() / ratio.sum()
-    torch.testing.assert_close(stable_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)[0],
-                               expected)
+    loss, stats = stable_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)
+    torch.testing.assert_close(loss, expected)
+    assert stats == grpo_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)[1]
+    assert stats['clip_high'] > 0 and stats['clip_low'] > 0
 
 
 def test_wd1_weighs_log_probs_by_softmaxes_of_the_advantages():

@@ -311,6 +311,9 @@ def test_rows_that_have_ended_cost_nothing():
     sizes.clear()
     completion_ids = generate(bias(model, {EOS: 1e4}), tokens(5, 6), 16, 4, 8)
     assert sizes == [5, 5] and (completion_ids == EOS).all(), 'all ended in the first block'
+    order = torch.empty_like(completion_ids)
+    generate(model, tokens(5, 6), 16, 4, 8, order=order)
+    assert order.max() == 1, 'what is filled in after the end counts as of the last step'
 
 
 # ---- around it ----
