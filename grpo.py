@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 import rewards
-from loglik import View, completion_logps
+from loglik import completion_logps
 from model import lora_off
 from sample import generate, left_pad, torch_stream
 
@@ -193,33 +193,22 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
 
 
 @torch.no_grad()
-def fixed_logps(model, reference, group, loss, beta, batch):
+def fixed_logps(model, reference, group, loss, beta):
     """Old and reference log-probs of a group: for each of its prompt masks a (G, L) each.
 
     model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
     itself, whose adapters are off here; it is not asked when beta is 0. The loss 'wd1' needs
-    neither. batch: rows at once.
+    neither.
     """
-    mu = len(group.prompt_masks)
-    if loss == 'wd1':
-        return [None] * mu, [None] * mu
-    prompt_masks = torch.cat(group.prompt_masks)                 # (mu*G, P)
-    views = []                                                   # stacked as the prompt masks are
-    for copies in zip(*group.views):
-        masked, scored, weight = zip(*copies)
-        views.append(View(torch.cat(masked), torch.cat(scored), torch.cat(weight)))
-
     def all_masks(policy):
-        parts = []
-        for rows in torch.arange(len(prompt_masks), device=model.device).split(batch):
-            own = rows % len(group.texts)                        # row of the group
-            row_views = [View(*(tensor[rows] for tensor in view)) for view in views]
-            parts.append(completion_logps(policy, group.prompt_ids[own], group.completion_ids[own],
-                                          prompt_masks[rows], group.completion_mask[own],
-                                          row_views))
-        return list(torch.cat(parts).chunk(mu))
+        return [completion_logps(policy, group.prompt_ids, group.completion_ids, prompt_mask,
+                                 group.completion_mask, views)
+                for prompt_mask, views in zip(group.prompt_masks, group.views)]
+    nothing = [None] * len(group.prompt_masks)
+    if loss == 'wd1':
+        return nothing, nothing
     old_logps = all_masks(model)
     if not beta:
-        return old_logps, [None] * mu
+        return old_logps, nothing
     with lora_off(reference):                                    # a frozen copy has no adapters
         return old_logps, all_masks(reference)

@@ -25,13 +25,13 @@ class View(NamedTuple):
     """One forward pass over a completion of which a part is in sight."""
     masked: torch.Tensor       # (B, L) bool: the tokens that the model does not see
     scored: torch.Tensor       # (B, L) bool: those of them whose log-probs count
-    weight: torch.Tensor       # (B, 1): of these log-probs in the sum
+    weight: object = 1.0       # of these log-probs in the sum: one number, or (B, 1)
 
 
 def whole_view(completion_ids):
     """d1's view: all of a completion masked, every token scored."""
     everything = torch.ones_like(completion_ids, dtype=torch.bool)
-    return View(everything, everything, everything[:, :1].float())
+    return View(everything, everything)
 
 
 def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None,
@@ -68,8 +68,7 @@ def segment_views(order, num_views):
     """
     steps = int(order.max()) + 1
     part = order * num_views // steps                            # (B, L): 0 .. num_views - 1
-    ones = torch.ones(len(order), 1, device=order.device)
-    return [View(part >= i, part == i, ones) for i in range(num_views)]
+    return [View(part >= i, part == i) for i in range(num_views)]
 
 
 def coupled_views(order, generator=None):
@@ -78,8 +77,7 @@ def coupled_views(order, generator=None):
     Each token is scored once, with about half of the completion in sight.
     """
     first = torch.rand(order.shape, device=order.device, generator=generator) < 0.5
-    ones = torch.ones(len(order), 1, device=order.device)
-    return [View(first, first, ones), View(~first, ~first, ones)]
+    return [View(first, first), View(~first, ~first)]
 
 
 def elbo_views(order, num_views, generator=None):

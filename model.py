@@ -59,24 +59,23 @@ class Config:
     @classmethod
     def from_dict(cls, keys):
         """The Config of config.json's keys; ValueError on a missing key or another architecture."""
-        qwen3 = 'qwen3' in keys.get('model_type', '')
-        rest = keys
-        if qwen3:                       # its published config names neither mask nor end
+        own = dict(rest=keys)
+        names, switches = LLADA_KEYS, ARCHITECTURE
+        if 'qwen3' in keys.get('model_type', ''):
+            own.update(qk_norm=True, layout='qwen3')
+            names, switches = QWEN3_KEYS, {}
+            # its published config names neither mask nor end
             keys = {**QWEN3_DEFAULTS, **(keys.get('rope_parameters') or {}), **keys}
-        fixed = {} if qwen3 else ARCHITECTURE
-        for name, value in fixed.items():
+        for name, value in switches.items():
             if keys.get(name, value) != value:
                 raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is known')
-        own = {}
-        for ours, theirs in (QWEN3_KEYS if qwen3 else LLADA_KEYS).items():
+        for ours, theirs in names.items():
             kind = cls.__dataclass_fields__[ours].type
             if not isinstance(keys.get(theirs), (int, kind)):    # an int will do for a float
                 raise ValueError(f'config.json has {theirs}={keys.get(theirs)!r}: it should be a '
                                  f'{kind.__name__}; is this a LLaDA or Qwen3 diffusion model?')
             own[ours] = keys[theirs]
-        if qwen3:
-            return cls(**own, qk_norm=True, layout='qwen3', rest=rest)
-        return cls(**own, rest=rest)
+        return cls(**own)
 
     def to_dict(self):
         """The keys of config.json, those that were read and do not concern us included."""
@@ -101,15 +100,9 @@ class Config:
         return 'model.' + name
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        y = x.float()                   # squares overflow in half precision
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):               # in float32: squares overflow in half precision
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return self.weight.to(x.dtype) * y.to(x.dtype)
 
 
@@ -207,12 +200,14 @@ class LLaDA(nn.Module):
     def device(self):
         return self.wte.weight.device
 
-    def forward(self, ids, attention_mask=None, positions=None):
+    def forward(self, ids, attention_mask=None, positions=None, cache=None, start=0):
         """Logits (B, T, V) of ids (B, T) int64, or (B, n, V) at positions (B, n) only.
 
         attention_mask (B, T): True or 1 = real token; None = all are.
+        cache: ids stand at start.. of the sequence, their keys and values are written into it, and
+        attention goes to all that it holds.
         """
-        return self.ff_out(self.hidden(ids, attention_mask, positions))
+        return self.ff_out(self.hidden(ids, attention_mask, positions, cache, start))
 
     def token_logps(self, ids, targets, scored=None, attention_mask=None, temperature=None):
         """log p(targets) (B, L) float32, targets (B, L) standing at the last L positions of ids.
@@ -228,12 +223,9 @@ class LLaDA(nn.Module):
         if scored is None:
             scored = torch.ones_like(targets, dtype=torch.bool)
         rows = max(1, LOGITS_AT_ONCE // self.config.embedding_size)
-        head_logps = partial(self.head_logps, temperature=temperature)
-        if torch.is_grad_enabled():
-            head_logps = partial(checkpoint, head_logps, use_reentrant=False)
         found = []
         for chunk in zip(h[scored].split(rows), targets[scored].split(rows)):
-            found.append(head_logps(*chunk))
+            found.append(checkpoint(self.head_logps, *chunk, temperature, use_reentrant=False))
         logps = torch.zeros(B, L, device=ids.device)
         return logps.masked_scatter(scored, torch.cat(found))
 
@@ -248,13 +240,6 @@ class LLaDA(nn.Module):
         """Room for the keys and values of T positions: per layer (2, B, nh, T, hs)."""
         shape = (2, B, self.config.n_kv_heads, T, self.config.head_dim)
         return [self.wte.weight.new_zeros(shape, dtype=self.compute_dtype) for _ in self.blocks]
-
-    def cached_logits(self, ids, positions, cache, start, attention_mask=None):
-        """Logits (B, n, V) at positions (B, n) of ids, which stand at start.. of the sequence.
-
-        Their keys and values are written into the cache; attention goes to all that it holds.
-        """
-        return self.ff_out(self.hidden(ids, attention_mask, positions, cache, start))
 
     def hidden(self, ids, attention_mask=None, positions=None, cache=None, start=0):
         """The normed hidden states (B, n, d) under the LM head; arguments as above."""
@@ -291,7 +276,8 @@ class LLaDA(nn.Module):
         """
         folder = fetch(folder_or_hub_id)
         config = Config.from_dict(read_json(folder, 'config.json'))
-        files = [open_weights(file) for file in weight_files(folder)]
+        names = glob.glob('model*.safetensors', root_dir=folder)     # one file, or its shards
+        files = [open_weights(os.path.join(folder, name)) for name in names]
         if any('lm_head.weight' in file.keys() for file in files):
             config.weight_tying = False              # whatever config.json says of it
         with torch.device('meta'):
@@ -300,18 +286,15 @@ class LLaDA(nn.Module):
         weights = {}
         for file in files:
             for key in file.keys():
-                shape = torch.Size(file.get_slice(key).get_shape())
-                wanted = model.get_parameter(ours[key]).shape if key in ours else 'no such tensor'
-                if shape != wanted:
-                    raise ValueError(f'{key} is {shape} in {folder}, config.json asks for {wanted}')
-                weights[ours[key]] = file.get_tensor(key).to(device, dtype)
-        missing = [key for key in ours if ours[key] not in weights]
-        if missing:
-            raise ValueError(f'{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: is '
-                             'the download complete?')
-        if config.weight_tying:
+                weights[ours.get(key, key)] = file.get_tensor(key).to(device, dtype)
+        if config.weight_tying and 'wte.weight' in weights:
             weights['ff_out.weight'] = weights['wte.weight']
-        model.load_state_dict(weights, assign=True)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as e:                    # a tensor is missing, extra or misshapen
+            first = str(e).splitlines()[1].strip()[:200]
+            raise ValueError(f'{folder}: model*.safetensors and config.json do not fit ({first})'
+                             ': is the download complete?') from None
         if config.weight_tying:
             model.ff_out.weight = model.wte.weight   # one parameter, also when it is trained
         return model
@@ -335,6 +318,9 @@ class LLaDA(nn.Module):
 
 # ---- LoRA (arXiv 2106.09685): y = W x + alpha/r B A x, with W frozen ----
 
+LORA_LAYERS = 'q_proj k_proj v_proj attn_out ff_proj up_proj ff_out'.split()     # of a block
+
+
 def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), seed=0):
     """Freezes the model and gives the layers named `targets` of every block an adapter."""
     model.requires_grad_(False)
@@ -350,11 +336,6 @@ def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), 
             layer.lora_a = nn.Parameter(a.to(model.device))      # float32, whatever W is
             layer.lora_b = nn.Parameter(b.to(model.device))
     return model
-
-
-def linear_layers(block):
-    """The names of a block's layers that can have an adapter."""
-    return [name for name, layer in block.named_children() if isinstance(layer, Linear)]
 
 
 def lora_layers(model):
@@ -517,19 +498,6 @@ def open_weights(file):
         return safe_open(file, 'pt')
     except Exception as e:              # safetensors has its own types for a cut or foreign file
         raise ValueError(f'{file} is no whole weight file ({e}): get it again') from None
-
-
-def weight_files(folder):
-    """The safetensors files of a folder: the shards that its index names, or the single file."""
-    names = ['model.safetensors']
-    if os.path.exists(os.path.join(folder, 'model.safetensors.index.json')):
-        index = read_json(folder, 'model.safetensors.index.json')
-        names = sorted(set(index.get('weight_map', {}).values()))
-    files = [os.path.join(folder, name) for name in names]
-    for file in files:
-        if not os.path.exists(file):
-            raise ValueError(f'{file} is missing: download it again')
-    return files
 
 
 def load(name, dtype=torch.float32, device='cpu', seed=0):

@@ -569,14 +569,18 @@ def read_rows(source, config=None, split=None):
             if name.endswith('.csv'):
                 return list(csv.DictReader(file))
             if name.endswith('.json'):
-                return [dict(row) for row in json.load(file)]    # raises on what is no object
+                rows = json.load(file)
+                if isinstance(rows, dict):           # saved generations, as the official code has
+                    rows = rows['generations']
+                return [dict(row) for row in rows]               # raises on what is no object
             rows = []
             for i, line in enumerate(file, 1):
                 where = f'line {i}: '
                 if line.strip():
                     rows.append(dict(json.loads(line)))
             return rows
-    except (OSError, EOFError, ValueError, TypeError, RecursionError, csv.Error, zlib.error) as e:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, csv.Error,
+            zlib.error) as e:
         raise ValueError(f'{source} is no .jsonl, .json or .csv file of rows '
                          f'({where}{e})') from None
 
@@ -647,26 +651,19 @@ def summary(items):
     return dict(accuracy=right / n, low=low, high=high, n=n, **means)
 
 
-def load_generations(path):
-    """Saved items: the official JSON layout, which is also ours, or our samples.jsonl."""
-    if not path.endswith('.json'):
-        return read_rows(path)
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            return [{**item, 'completion': item['generations'], 'answer': item['ground_truth']}
-                    for item in json.load(file)['generations']]
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not of the official JSON layout ({e})') from None
-
-
 def score(task_name, paths):
-    """Prints accuracy with its interval, mean reward and mean length of saved generations."""
+    """Prints accuracy with its interval, mean reward and mean length of saved generations.
+
+    paths: files of the official JSON layout, which is also ours, or our samples.jsonl.
+    """
     items = []
     for path in paths:
-        for i, item in enumerate(load_generations(path), 1):
+        for i, item in enumerate(read_rows(path), 1):
             if item.get('task', task_name) != task_name:
                 continue
             try:
+                if 'generations' in item:            # the official names
+                    item.update(completion=item['generations'], answer=item['ground_truth'])
                 if task_name == 'gsm8k' and isinstance(item['answer'], str):
                     item['answer'] = float(item['answer'].replace(',', ''))
                 reward, correct = TASKS[task_name].grade(item['completion'], item)

@@ -130,7 +130,6 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
     for block_start in range(P, P + gen_length, block_length):
         block = slice(block_start, block_start + block_length)
         active = unfinished                                      # (R,) rows with masks in the block
-        row_generators = [generators[row] for row in active.tolist()]
         masks_left = block_length                                # the most of any active row
         step, kv = 0, None
         if cache:
@@ -145,21 +144,18 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
             logits = predict(model, ids[active, seen], positions + block_start - seen.start,
                              None if attention_mask is None else attention_mask[active],
                              kv, seen.start, P, cfg_scale)                   # (R, n, V)
-            num_masks = is_mask.sum(1).tolist() if threshold else None   # rows may differ
+            num_masks = is_mask.sum(1).tolist()                  # with a threshold rows may differ
+            row_generators = [generators[row] for row in active.tolist()]
             tokens, confidence = choose(logits, mask_id, temperature, remasking, row_generators,
                                         num_masks)
-            commit = to_commit(confidence, is_mask, counts[step:step + 1], threshold)
+            commit = to_commit(confidence, is_mask, counts, step, threshold)
             rows, columns = active[:, None], positions + block_start
             ids[rows, columns] = tokens.where(commit, ids[rows, columns])
             yield ids
             step += 1
-            if not threshold:
-                masks_left -= counts[step - 1]
-                continue
             still_masks = (is_mask & ~commit).sum(1)                         # (R,)
             masks_left = int(still_masks.max())
             active, kv = leave_out(still_masks == 0, active, kv)
-            row_generators = [generators[row] for row in active.tolist()]
         # later blocks cannot change this one, so a row with an end in it is finished
         ended = torch.isin(ids[unfinished, block], end_ids).any(1)
         finished = unfinished[ended]                             # row numbers
@@ -170,17 +166,16 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
     yield ids
 
 
-def to_commit(confidence, is_mask, count, threshold):
-    """Which predictions a step commits, (R, n) bool: the `count` surest, or all above a threshold.
+def to_commit(confidence, is_mask, counts, step, threshold):
+    """Which predictions a step commits, (R, n) bool: the counts[step] surest, or all above it.
 
-    is_mask (R, n): False where a row has fewer masks than others; count: a list of one number,
-    which a threshold does not look at.
+    is_mask (R, n): False where a row has fewer masks than others.
     """
     if threshold:
         confidence = confidence.masked_fill(~is_mask, -1)
         surest = confidence.argmax(dim=1, keepdim=True)          # at least one
         return (confidence >= threshold).scatter(1, surest, True)
-    surest = confidence.topk(count[0]).indices
+    surest = confidence.topk(counts[step]).indices
     return torch.zeros_like(is_mask).scatter(1, surest, True)
 
 
@@ -195,10 +190,7 @@ def predict(model, ids, positions, attention_mask, kv, start, num_prompt_tokens,
         ids = torch.cat((ids, unconditional))
         positions = positions.repeat(2, 1)
         attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    if kv is None:
-        logits = model(ids, attention_mask, positions)
-    else:
-        logits = model.cached_logits(ids, positions, kv, start, attention_mask)
+    logits = model(ids, attention_mask, positions, kv, start)
     if not cfg_scale:
         return logits
     logits, unconditional = logits.chunk(2)
@@ -250,13 +242,11 @@ def shuffled(items, index, *key):
 
 def left_pad(prompts, pad_id, device):
     """[list of ids] -> ids (B, P), attention_mask (B, P) bool, True = real; None if all are."""
-    P = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), P), pad_id)
-    real = torch.zeros(len(prompts), P, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, P - len(prompt):] = torch.tensor(prompt)
-        real[row, P - len(prompt):] = True
-    return ids.to(device), None if real.all() else real.to(device)
+    lengths = [len(prompt) for prompt in prompts]
+    P = max(lengths)
+    ids = [[pad_id] * (P - len(prompt)) + prompt for prompt in prompts]
+    real = torch.arange(P) >= P - torch.tensor(lengths)[:, None]             # (B, P)
+    return torch.tensor(ids, device=device), None if real.all() else real.to(device)
 
 
 def chat(tokenizer, text):

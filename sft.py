@@ -132,11 +132,11 @@ class Traces:
         """The Batch of an update; every pair comes once before any comes again."""
         first = step * self.batch_size
         pairs = [shuffled(self.pairs, first + i, self.seed, 'sft') for i in range(self.batch_size)]
-        answers = [answer for _, answer in pairs]
+        prompts, answers = zip(*pairs)
         answers = right_pad(answers, self.length, self.config.eos_id, self.device)
         generator = torch_stream(self.device, self.seed, 'sft', step)
         noisy, masked, t = add_noise(answers, self.config.mask_id, generator)
-        return Batch([prompt for prompt, _ in pairs], answers, noisy, masked, t)
+        return Batch(prompts, answers, noisy, masked, t)
 
 
 # ---- the corpus of the nano base: sums, a textbook, and people who think or guess ----

@@ -37,8 +37,8 @@ from tqdm import tqdm
 import rewards
 from grpo import complete, fixed_logps, policy_loss, rollout
 from loglik import completion_logps, draw_views, random_prompt_mask
-from model import (add_lora, linear_layers, load, load_adapter, merge_lora,
-                   read_json, save_adapter, save_tokenizer)
+from model import (LORA_LAYERS, add_lora, load, load_adapter, merge_lora, read_json, save_adapter,
+                   save_tokenizer)
 from sample import chat, check_lengths, left_pad, random_stream, shuffled, torch_stream
 from sft import Corpus, Traces, clean_trace, encode_traces, load_s1k, masked_loss
 
@@ -156,8 +156,8 @@ def train_grpo(args, model, tokenizer, problems, tests):
                 group.prompt_masks.append(random_prompt_mask(                                  # 8
                     group.prompt_ids, args.p_mask_prompt, stream, num_prefill))
                 group.views.append(draw_views(args.estimator, args.num_views, group.order, stream))
-            group.old_logps, group.ref_logps = fixed_logps(                                    # 3
-                model, reference, group, args.loss, args.beta, args.rollout_batch)
+            group.old_logps, group.ref_logps = fixed_logps(model, reference, group, args.loss,
+                                                           args.beta)                          # 3
         rollout_seconds = time.time() - began
 
         stats, grad_norms = [], []
@@ -186,16 +186,14 @@ def train_sft(args, stage, model, optimizers, data, steps):
 
     data.batch(step) is the same Batch on every process; each takes every world-th row of it.
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['peak_lr'] = group['lr']
     start = load_checkpoint(args, stage, model, optimizers)
     for step in progress_bar(stage, start, steps):
         began = time.time()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 warm_up = min(1, 20 * (step + 1) / steps)        # over the first 5 % of the steps
-                group['lr'] = group['peak_lr'] * warm_up * (1 - step / steps)
+                peak = group.setdefault('peak_lr', group['lr'])  # a checkpoint has it
+                group['lr'] = peak * warm_up * (1 - step / steps)
         batch = data.batch(step)
         B, L = batch.answers.shape
         loss = 0.0
@@ -312,8 +310,6 @@ def encode(args, tokenizer, task, example):
 
 
 def prefill_ids(args, tokenizer):
-    if not args.prefill:
-        return []
     return tokenizer(args.prefill, add_special_tokens=False)['input_ids']
 
 
@@ -513,14 +509,9 @@ def append(args, name, row):
 
 def read_log(args, name):
     """The rows of a log; a kill may have cut the last one short."""
-    path = os.path.join(args.folder, name)
-    rows = []
-    if os.path.exists(path):
-        with open(path) as file:
-            for line in file:
-                if line.endswith('\n'):
-                    rows.append(json.loads(line))
-    return rows
+    with open(os.path.join(args.folder, name), 'a+') as file:    # made if it is not there
+        file.seek(0)
+        return [json.loads(line) for line in file if line.endswith('\n')]
 
 
 def save_checkpoint(args, stage, step, steps, model, optimizers):
@@ -580,10 +571,7 @@ def put_weights(args, model, weights):
 def keep_adapter(args, model, name):
     """The adapters of all stages so far, in the layout of the peft library."""
     if args.lora_rank and rank() == 0:
-        base = args.model
-        if base == 'nano' and base_of(args)[1]:  # not the one in assets/
-            base = os.path.join(base_of(args)[0], 'model')
-        save_adapter(os.path.join(args.folder, name), model, base)
+        save_adapter(os.path.join(args.folder, name), model, args.base)
 
 
 def save_model(folder, model, tokenizer, source):
@@ -677,6 +665,10 @@ def check(args):
             check_lengths(length, args.block_length, length // 2)
     except ValueError as e:
         raise ValueError(f'--eval_lengths: {e}; give lengths such as 128,256') from None
+    for name in ('lora_targets', 'sft_lora_targets'):
+        for target in getattr(args, name).split(','):
+            if target not in LORA_LAYERS:
+                raise ValueError(f'--{name} {target}: choose from {", ".join(LORA_LAYERS)}')
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions')
     for name in ('num_prompts', 'sft_batch'):    # else some would wait for others' gradients
@@ -703,6 +695,8 @@ def check(args):
     kind = 'eval' if args.eval_only else '+'.join(args.stages)
     args.name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
     args.folder = os.path.join(args.out, args.name)
+    if args.eval_only:
+        args.stages = []
     return args
 
 
@@ -754,12 +748,11 @@ def nano_base(args, tokenizer):
         return folder
     base = argparse.Namespace(**vars(args))
     base.seed, base.folder, base.device = settings['seed'], folder, 'cpu'    # the fastest for it
-    rows = dict.fromkeys(rewards.TASKS)          # built-in problems of all tasks, or the text
-    if any(args.data.values()):
-        rows = {}
-        for task, file in args.data.items():     # text that shows no steps is of no use here
-            examples = rewards.load_examples(task, file, 'train') if file else []
-            rows[task] = [example for example in examples if 'wrong' in example]
+    # built-in problems of all tasks, or of the run's tasks, where they have no text
+    rows = dict.fromkeys(args.tasks if settings['data'] else rewards.TASKS)
+    for task, file in settings['data'].items():  # text that shows no steps is of no use here
+        examples = rewards.load_examples(task, file, 'train')
+        rows[task] = [example for example in examples if 'wrong' in example]
     gather([])                                   # every process has looked before one writes
     finished = os.path.join(folder, 'model')
     if not os.path.exists(finished):
@@ -833,10 +826,10 @@ def main(argv=None):
     args = parse(argv)
     check_resume(args)
     dtype = getattr(torch, args.dtype)
-    weights_dtype = dtype if args.lora_rank or args.eval_only else torch.float32
+    weights_dtype = torch.float32 if args.stages and not args.lora_rank else dtype
     model, tokenizer = load(args.model, weights_dtype, args.device)
     trained = dict(sft=args.sft_length, grpo=args.gen_length)
-    lengths = [] if args.eval_only else [trained[stage] for stage in args.stages]
+    lengths = [trained[stage] for stage in args.stages]
     longest = args.max_prompt + max(args.eval_lengths + lengths)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, but the '
@@ -845,24 +838,17 @@ def main(argv=None):
         print0(f'built-in problems in the manner of {", ".join(args.tasks)}; '
                '--data FILE --eval_data FILE takes real ones')
     tests = test_sets(args, tokenizer)
-    problems = None
-    if 'grpo' in args.stages and not args.eval_only:
-        problems = Problems(args, tokenizer)
-    traces = None
-    if 'sft' in args.stages and not args.eval_only:
-        traces = sft_data(args, tokenizer, model.config)
-    layers = linear_layers(model.blocks[0])
-    for name in ('lora_targets', 'sft_lora_targets'):
-        for target in getattr(args, name).split(','):
-            if target not in layers:
-                raise ValueError(f'--{name} {target}: choose from {", ".join(layers)}')
+    problems = Problems(args, tokenizer) if 'grpo' in args.stages else None
+    traces = sft_data(args, tokenizer, model.config) if 'sft' in args.stages else None
     if args.model == 'nano':
         base_of(args)                            # complains, if it must, before we write
     gather([])                                   # every process has looked before one writes
     os.makedirs(args.folder, exist_ok=True)
     write_json(args, 'config.json', vars(args))
+    args.base = args.model                       # what an adapter is of
     if args.model == 'nano':
-        model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
+        args.base = nano_base(args, tokenizer)
+        model, tokenizer = load(args.base, weights_dtype, args.device)
     if args.adapter:
         load_adapter(args.adapter, model)
     # trained weights stay float32, for bfloat16 ones would not notice steps of 3e-6
@@ -877,10 +863,10 @@ def main(argv=None):
     constant = constant_scores(args, tokenizer, tests)
     write_json(args, 'results.json', dict(constant=constant) | read_results(args))
     evaluate(args, model, tokenizer, tests, 'base')
-    for stage in args.stages if not args.eval_only else []:
+    for stage in args.stages:
         train_stage(args, stage, model, tokenizer, problems, traces, tests)
         evaluate(args, model, tokenizer, tests, stage)
-    if not args.eval_only:
+    if args.stages:
         save_model(os.path.join(args.folder, 'model'), model, tokenizer, args.model)
         keep_adapter(args, model, 'adapter')
     if args.compile:

@@ -90,7 +90,7 @@ def pieces(config, device, dtype, sizes, computed):
     group.views = [draw_views('one_step', 1, group.order) for _ in range(4)]
 
     def fixed():
-        return fixed_logps(model, model, group, 'grpo', 0.04, G)
+        return fixed_logps(model, model, group, 'grpo', 0.04)
     gigabytes, seconds, (old, ref) = measure(device, fixed)
     yield 'old and reference log-probs, 4 masks', gigabytes, seconds, None
 

@@ -96,7 +96,7 @@ BAD = [
     ('train.py --model nowhere/nothing', 'nowhere/nothing'),
     (f'{LLADA} M/no_json', 'no_json.config.json'),
     (f'{LLADA} M/bert', 'bert.*llada'),
-    (f'{LLADA} M/no_weights', 'model.safetensors'),
+    (f'{LLADA} M/no_weights', 'safetensors'),
     (f'{LLADA} M/cut_weights', 'model.safetensors'),
     (f'{LLADA} M/no_tokenizer', 'tokenizer'),
     (f'{LLADA} M/whole', 'lower'),

@@ -82,9 +82,9 @@ def test_logits_at_positions_are_those_of_all_positions():
 def test_cached_passes_equal_whole_ones_while_nothing_has_changed():
     model, ids = tiny(), tokens(3, 11)
     cache, expected = model.new_cache(3, 11), model(ids, REAL, POSITIONS)
-    assert_close(model.cached_logits(ids, POSITIONS, cache, 0, REAL), expected)
+    assert_close(model(ids, REAL, POSITIONS, cache), expected)
     for _ in range(2):                           # the second time from what the first has written
-        part = model.cached_logits(ids[:, 5:], POSITIONS - 5, cache, 5, REAL)
+        part = model(ids[:, 5:], REAL, POSITIONS - 5, cache, 5)
         assert_close(part, expected)
 
 
@@ -92,11 +92,11 @@ def test_cached_passes_equal_whole_ones_while_nothing_has_changed():
 def test_a_cached_pass_renews_its_own_tokens_and_remembers_the_others():
     model, ids = tiny(n_layers=1), tokens(3, 11)     # keys of layer 1 depend on their token only
     cache = model.new_cache(3, 11)
-    model.cached_logits(ids, POSITIONS, cache, 0, REAL)
+    model(ids, REAL, POSITIONS, cache)
     others = ids.clone()
     others[:, 5:10] = tokens(3, 5, seed=1)           # 10 stays as it was
     positions = POSITIONS.clamp(max=9)
-    part = model.cached_logits(others[:, 5:10], positions - 5, cache, 5, REAL)
+    part = model(others[:, 5:10], REAL, positions - 5, cache, 5)
     assert_close(part, model(others, REAL, positions))
     assert not torch.allclose(part, model(ids, REAL, positions))
 
@@ -270,8 +270,8 @@ def break_folder(folder, mistake):
 
 
 @pytest.mark.parametrize('mistake, named', [
-    ('missing tensor', Q), ('extra tensor', 'q_proj.bias'), ('misshapen tensor', Q + ' is'),
-    ('cut weights', 'model.safetensors'), ('missing shard', '.safetensors is missing'),
+    ('missing tensor', Q), ('extra tensor', 'q_proj.bias'), ('misshapen tensor', Q),
+    ('cut weights', 'model.safetensors'), ('missing shard', 'is the download complete?'),
     ('cut config', 'config.json'), ('foreign config', 'd_model'), ('size in quotes', 'n_layers')])
 def test_a_broken_folder_is_refused_in_one_line_that_names_the_mistake(tmp_path, mistake, named):
     tiny().save_pretrained(tmp_path, '15KB' if mistake == 'missing shard' else '5GB')
