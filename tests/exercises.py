@@ -41,21 +41,24 @@ QUESTIONS = '''
 
 Each can be compared with a measured result in the README or in assets/notebook.md.
 
-1. **Does the prompt mask earn its keep?** On equations, from the SFT model, `--p_mask_prompt` 0,
-   0.15 and 0.3 gave 72, 77 and 89 % (one base): is that order real? Five seeds will tell.
-2. **Fixed or random masks.** `--fixed_mask` with `--num_iterations` 2, 12 and 24: plot the
-   reward against updates and against seconds. At mu 12 and 24 random masks won on base 2, fixed
-   ones on base 0 (README): which of the two is the rule?
-3. **The KL term.** `--beta 0.04` from base 0 on equations is slow, and slides back (the notebook
-   has the curve). Is it the groups without a gradient? Leave the KL out of those (`grpo_loss`).
-4. **A better view.** `--estimator coupled` reached 99 % where d1's reached 77, at equal forward
-   passes (one base), although its gradient's cosine is no higher (`truth` in
-   tests/experiments.py). What else does it change?
+1. **Does the prompt mask earn its keep?** It costs half of the gradient's direction (README), and
+   yet random masks beat fixed ones when a rollout serves many updates (mu 24: 80 against 59 %).
+   What happens at `--num_iterations 24 --p_mask_prompt 0`?
+2. **Fixed or random masks.** Where between mu 2, at which they are equal, and mu 24 do they part?
+   Look at clip_high and at the ratio in log.jsonl: what do fixed masks overfit?
+3. **The KL term.** `--beta 0.04` ends at 70.9 % where none ends at 83.4 (five tasks, five bases).
+   Is it the groups without a gradient? Leave the KL out of those (`grpo_loss`).
+4. **Choice and skill.** From the base coupled views end at 45.5 % and d1's at 82.8, from SFT
+   models at 76.4 and 76.8: they do not see the choice that the first step makes (README). Both
+   at half weight (assets/forks/estimator.patch) end at 77.0 from the base. Which weights are
+   best, and should they change while it learns?
 5. **Blocks.** Train with `--block_length 8` and evaluate with 4, 16 and 32. What does a policy
    learn about its sampler?
 6. **A reward of your own.** Give half of the points for short completions (`grade_gsm8k` in
    rewards.py). Does the policy find a way to be paid without thinking?
-7. **The learning rate.** 2e-5 instead of 5e-5 took equations from 74 to 99 % (base 0). Other tasks?
+7. **SFT that spoils nothing.** On base 2 SFT takes Countdown from 59 to 0 %, and no reward is left
+   for diffu-GRPO (README). Which dose (`--sft_learning_rate`, `--sft_steps`) keeps it, and can
+   you tell without looking at the tasks?
 8. **A task of your own.** Add one in a section of rewards.py, pretrain a base that knows it
    (`--base_seed 0`), and see whether diffu-GRPO finds thinking there.
 '''

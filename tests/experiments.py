@@ -57,6 +57,12 @@ KL = {'beta0.04': '--beta 0.04', 'k2': '--beta 0.04 --kl k2',
 CHANGES = {'default': '', **METHODS, **ABLATIONS, **KL}
 KINDS |= {name: ([ALL], 'base', f'--stages grpo --eval_lengths 32 {flags}')
           for name, flags in CHANGES.items()}
+# the later methods once more where SFT has shown how to think; 'all' is the default there
+KINDS |= {f'sft-{name}': ([ALL], 'sft', f'--stages grpo --eval_lengths 32 {flags}')
+          for name, flags in METHODS.items()}
+# lengths that neither the corpus nor training has seen; before and after 'default'
+KINDS |= {'long-base': ([ALL], 'base', '--eval_only --eval_lengths 96,128 --eval_n 256'),
+          'long-default': ([ALL], 'default', '--eval_only --eval_lengths 64,96,128 --eval_n 256')}
 
 
 def rows_of(path):
@@ -97,9 +103,11 @@ def run_cell(args, base, kind, tasks):
         model = os.path.join(args.out, f'x-base-{base}', 'model')
         if not os.path.exists(model):
             run_cell(args, base, 'base', ALL)
+    if start == 'default':
+        model = os.path.join(args.out, f'x-default-{base}', 'model')
     name = f'x-{kind}-{base}' + (f'-{tasks}' if tasks != ALL else '')
     folder = os.path.join(args.out, name)
-    if kind not in ('base', 'made'):             # where it starts has been evaluated already
+    if '--eval_only' not in flags and kind != 'base':            # its start has been evaluated
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, 'results.json')
         known = {row['kind']: row for row in rows_of(args.results) if row['base'] == base}
@@ -165,8 +173,9 @@ def truth(args, base, task, stage, num_groups, draws):
 
     Means over groups and draws of prompt masks and views: bias and std of the sequence log-prob;
     its rank correlation within a group; cosine and norm of the group's policy gradient against the
-    exact one, the cosine of the mean over draws, its noise (std over draws / exact norm); the
-    cosine of the gradient summed over groups.
+    exact one, the cosine of the mean over draws, its noise (std over draws / exact norm). Of the
+    gradient summed over groups the cosine with the exact one, with its part that comes from the
+    tokens of the first step (mostly the choice between thinking and guessing), and with the rest.
 
     Rollouts at temperature 0.9 whose positions are chosen by 'top_prob', for which the product
     along the rollout is exact (loglik.exact_logps). Appends a JSON line to truth.jsonl.
@@ -189,13 +198,15 @@ def truth(args, base, task, stage, num_groups, draws):
     cases |= {'coupled': ('coupled', 2, 0.15), 'coupled, p_mask 0': ('coupled', 2, 0)}
     cases |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 16)}
     cases |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
+    cases |= {'stepmerge 4, p_mask 0.15': ('stepmerge', 4, 0.15),    # as in training
+              'elbo 2, p_mask 0.15': ('elbo', 2, 0.15)}
     found = {name: dict(bias=[], std=[], rank=[], cosine=[], cosine_of_mean=[], norm=[], noise=[])
              for name in cases}
-    exact_gradient, exact_mean, sums = 0, 0, {name: 0 for name in cases}
+    first_part, other_part, exact_mean, sums = 0, 0, 0, {name: 0 for name in cases}
 
-    def gradient(logps, advantages):
+    def gradient(logps, advantages, keep_graph=False):
         model.zero_grad()
-        (logps.sum(1) * advantages).sum().backward()
+        (logps.sum(1) * advantages).sum().backward(retain_graph=keep_graph)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     groups, k = [], 0
@@ -204,15 +215,19 @@ def truth(args, base, task, stage, num_groups, draws):
         k += 1
         if group.advantages.abs().max() > 0:
             groups.append(group)
+    if not groups:
+        return print('truth', base, task, stage, 'all rewards of every group are equal', flush=True)
     for group in groups:
         texts = group.prompt_ids, group.completion_ids
         logps = exact_logps(model, *texts, group.order, group.completion_mask, 8, 0.9)
         exact = logps.detach().sum(1)
         exact_mean += exact.mean().item() / len(groups)
-        true_gradient = gradient(logps, group.advantages)
-        exact_gradient = exact_gradient + true_gradient
+        first = gradient(logps * (group.order == 0), group.advantages, keep_graph=True)
+        other = gradient(logps * (group.order > 0), group.advantages)
+        first_part, other_part = first_part + first, other_part + other
+        true_gradient = first + other
         for name, (estimator, num_views, p_mask) in cases.items():
-            fixed = estimator == 'stepmerge' or (estimator == 'one_step' and not p_mask)
+            fixed = estimator in ('stepmerge', 'one_step') and not p_mask
             sequence, gradients = [], []
             for draw in range(1 if fixed else draws):
                 stream = torch_stream('cpu', base, 'truth', group.k, draw)
@@ -236,10 +251,13 @@ def truth(args, base, task, stage, num_groups, draws):
     for name, row in found.items():
         row['rank'] = [value for value in row['rank'] if value == value]     # not nan
         found[name] = {key: round(sum(values) / len(values), 4) for key, values in row.items()}
-        found[name] |= dict(forwards=cases[name][1],
-                            total_cosine=round(cosine(sums[name], exact_gradient), 4))
+        parts = dict(total=first_part + other_part, first=first_part, other=other_part)
+        found[name] |= {f'{part}_cosine': round(cosine(sums[name], exact), 4)
+                        for part, exact in parts.items()}
+        found[name]['forwards'] = cases[name][1]
+    share = (first_part.norm() / (first_part + other_part).norm()).item()
     line = dict(base=base, task=task, stage=stage, groups=len(groups), completions=8 * len(groups),
-                draws=draws, exact_logp=exact_mean, estimators=found)
+                draws=draws, exact_logp=exact_mean, first_share=share, estimators=found)
     with open(os.path.join(os.path.dirname(args.results), 'truth.jsonl'), 'a') as file:
         file.write(json.dumps(line) + '\n')
     print('truth', base, task, stage, flush=True)
@@ -271,14 +289,16 @@ def spread(values, scale=100):
 
 def scores(rows, kind, stage, task, length, key='accuracy'):
     return [row['results'][stage][task][str(length)][key] for row in rows
-            if row['kind'] == kind and task in row['results'].get(stage, {})]
+            if row['kind'] == kind
+            and str(length) in row['results'].get(stage, {}).get(task, {})]
 
 
 def main_table(rows, length):
     """Accuracy in % of every stage at one completion length; effective tokens beside it."""
     columns = [('base', 'base', 'base'), ('made', 'base', 'base made to think'),
                ('base', 'sft', '+ SFT'), ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1'),
-               ('all', 'grpo', 'one d1 for all'), ('all5', 'grpo', '5 times longer')]
+               ('default', 'grpo', 'one diffu-GRPO for all'), ('all', 'grpo', 'one d1 for all'),
+               ('all5', 'grpo', '5 times longer')]
     bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
     print(f'\nAccuracy in % at {length} tokens, mean (lowest to highest) over bases {bases}\n')
     print('| task | ' + ' | '.join(name for *_, name in columns) + ' | tokens: base, d1 |')
@@ -290,28 +310,34 @@ def main_table(rows, length):
         print(f'| {task} | ' + ' | '.join(cells) + f' | {", ".join(tokens)} |')
 
 
-def change_table(rows):
-    """One change each, one model for all tasks, from the base."""
-    print('\nAccuracy in % at 32 tokens, mean over bases; mean of the five tasks (lowest to '
-          'highest base); found: tasks and bases that gained at least 15 points\n')
+def change_table(rows, start):
+    """One change each, one model for all tasks, from the base or from the SFT model."""
+    print(f'\nFrom {start}: accuracy in % at 32 tokens, mean over bases; mean of the five tasks '
+          '(lowest to highest base); found: tasks and bases that gained at least 15 points\n')
     print('| change | bases | ' + ' | '.join(NAMES.values())
           + ' | mean | found | iterations | seconds |\n' + '| --- ' * 11 + '|')
-    bases = {row['base'] for row in rows if row['kind'] == 'default'}
-    before = {row['base']: row for row in rows if row['kind'] == 'base' and row['base'] in bases}
-    for name, flags in {'base': 'base', 'made': 'base made to think', **CHANGES}.items():
-        some = [row for row in rows if row['kind'] == name and row['base'] in bases]
-        stage = 'base' if name in ('base', 'made') else 'grpo'
+    lines = [('base', 'base', 'base'), ('made', 'base', 'base made to think')]
+    lines += [(name, 'grpo', flags or 'default') for name, flags in CHANGES.items()]
+    if start == 'sft':
+        lines = [('base', 'sft', 'SFT'), ('all', 'grpo', 'default')]
+        lines += [(f'sft-{name}', 'grpo', flags) for name, flags in METHODS.items()]
+    before = {row['base']: row for row in rows if row['kind'] == 'base'}
+    bases = {row['base'] for row in rows if row['kind'] == lines[-1][0]}
+    for name, stage, label in lines:
+        some = [row for row in rows if row['kind'] == name
+                and (start == 'base' or row['base'] in bases)]
         if not some:
             continue
         cells = [mean(scores(some, name, stage, task, 32)) for task in TASKS]
-        gains = [score(row, stage, task) - score(before[row['base']], 'base', task)
+        gains = [score(row, stage, task) - score(before[row['base']], start, task)
                  for row in some for task in TASKS]
-        print(f'| {flags or "default"} | {" ".join(str(row["base"]) for row in some)} | '
+        curves = [row['curve'] for row in some if stage == 'grpo']
+        seconds = mean([sum(curve['seconds']) for curve in curves]) if curves else 0
+        print(f'| {label} | {" ".join(str(row["base"]) for row in some)} | '
               + ' | '.join(f'{100 * cell:.1f}' for cell in cells)
               + f' | {spread([mean_score(row, stage) for row in some])}'
               + f' | {sum(gain >= 0.15 for gain in gains)} of {len(gains)}'
-              + f' | {len(some[0]["curve"].get("reward", []))}'
-              + f' | {mean([sum(row["curve"].get("seconds", [0])) for row in some]):.0f} |')
+              + f' | {len(curves[0]["reward"]) if curves else 0} | {seconds:.0f} |')
 
 
 def score(row, stage, task):
@@ -324,7 +350,7 @@ def mean_score(row, stage):
 
 def truth_table(rows):
     names = ('forwards', 'bias', 'std', 'rank', 'cosine', 'cosine_of_mean', 'norm', 'noise',
-             'total_cosine')
+             'total_cosine', 'first_cosine', 'other_cosine')
     for stage in ('base', 'sft', 'd1'):
         lines = [row for row in rows if row['stage'] == stage]
         if lines:
@@ -468,15 +494,15 @@ def truth_figure(rows, folder):
 
 def ablation_figure(rows, folder):
     """Reward during training; every cell has the same number of forward passes."""
-    figure, axes = new_figure(4, 2.8)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'default'})
+    figure, axes = new_figure(3, 2.9)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'mu12-random'})
     rows = [row for row in rows if row['base'] in bases]
 
     def curves(name, key='reward'):
-        name = 'default' if name in ('pmask0.15', 'mu4') else name
+        name = 'default' if name in ('pmask0.15', 'mu4-random') else name
         return [row['curve'][key] for row in rows if row['kind'] == name]
-    mus = [('mu2-random', 2), ('mu2-fixed', 2), ('mu4', 4), ('mu12-random', 12), ('mu12-fixed', 12),
-           ('mu24-random', 24), ('mu24-fixed', 24)]
+    mus = [('mu2-random', 2), ('mu2-fixed', 2), ('mu4-random', 4), ('mu12-random', 12),
+           ('mu12-fixed', 12), ('mu24-random', 24), ('mu24-fixed', 24)]
     colours = dict(zip((2, 4, 12, 24), COLOURS))
     for name, mu in mus:
         if not curves(name):
@@ -490,34 +516,94 @@ def ablation_figure(rows, folder):
     masks = ['pmask0', 'pmask0.15', 'pmask0.3', 'pmask0.5', 'pmask0.7']
     for name, colour in zip(masks, COLOURS):
         if curves(name):
-            axes[2].plot(smoothed(mean_curve(curves(name)), 5), color=colour,
+            reward = smoothed(mean_curve(curves(name)), 5)
+            axes[2].plot(range(1, len(reward) + 1), reward, color=colour,
                          label=name.replace('pmask', 'p_mask '))
-    methods = ['default', *METHODS]
-    for j, name in enumerate(methods):
-        found = [100 * mean_score(row, 'grpo') for row in rows if row['kind'] == name]
-        if found:
-            axes[3].plot(found, [j] * len(found), 'o', color=COLOURS[0], alpha=0.6)
-            axes[3].plot(mean(found), j, '|', color=GREY, markersize=14)
-    for kind, label in (('base', 'base'), ('made', 'made to think')):
-        start = mean([100 * mean_score(row, 'base') for row in rows if row['kind'] == kind])
-        axes[3].axvline(start, color=GREY, linestyle=':', linewidth=1)
-        axes[3].text(start, -0.6, label, fontsize=6, ha='center', color=GREY)
-    axes[0].set(xlabel='updates', ylabel='mean reward', title='prompt masks')
-    axes[1].set(xlabel='seconds', title='prompt masks')
+    axes[0].set(xlabel='updates', ylabel='mean reward', title='random and fixed prompt masks')
+    axes[1].set(xlabel='seconds', title='the same')
     axes[2].set(xlabel='iteration', title='masked share of the prompt')
-    axes[3].set(xlabel='accuracy, % (mean of 5 tasks)', title='losses, estimators\n')
-    axes[3].set_yticks(range(len(methods)), ['d1', *METHODS], fontsize=7)
-    axes[3].invert_yaxis()
-    for axis, place in ((axes[0], 0.25), (axes[2], 0.66)):
-        figure.legend(*axis.get_legend_handles_labels(), fontsize=6, loc='lower center',
-                      bbox_to_anchor=(place, 0), ncols=4)
+    for axis, place, columns in ((axes[0], 0.34, 4), (axes[2], 0.84, 3)):
+        figure.legend(*axis.get_legend_handles_labels(), fontsize=7, loc='lower center',
+                      bbox_to_anchor=(place, 0), ncols=columns)
     for axis in axes:
         axis.title.set_fontsize(8)
-        axis.xaxis.label.set_fontsize(8)
-    figure.suptitle('One model for all five tasks, from bases ' + ', '.join(map(str, bases))
-                    + '; equal forward passes; accuracy: a dot per base, n = 512 per task',
-                    fontsize=8)
+    figure.suptitle('One model for all five tasks, mean over bases ' + ', '.join(map(str, bases))
+                    + ', at equal forward passes', fontsize=8)
     save(figure, folder, 'ablations', rect=(0, 0.12, 1, 1))
+
+
+def methods_figure(rows, truth_rows, folder):
+    """What training ends at, beside the part of the exact gradient that each estimator sees."""
+    figure, [ends, cosines] = new_figure(2, 2.8)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'espo'})
+    rows = [row for row in rows if row['base'] in bases]
+    starts = (('base', 'base', 'from the base', COLOURS[0], -0.15),
+              ('base', 'sft', 'from SFT', COLOURS[1], 0.15))
+    methods = dict(default='d1', stable='StableDRL', wd1='wd1', stepmerge4='StepMerge, 4 views',
+                   elbo2='ELBO, 2 views', coupled='coupled views', espo='ESPO, coupled')
+    for kind, stage, label, colour, shift in starts:
+        start = mean([100 * mean_score(row, stage) for row in rows if row['kind'] == kind])
+        ends.axvline(start, color=colour, linestyle=':', linewidth=1)
+        for j, name in enumerate(methods):
+            if stage == 'sft':
+                name = 'all' if name == 'default' else f'sft-{name}'
+            found = [100 * mean_score(row, 'grpo') for row in rows if row['kind'] == name]
+            if found:
+                ends.plot(found, [j + shift] * len(found), 'o', color=colour, markersize=3,
+                          label=label if j == 0 else None)
+                ends.plot(mean(found), j + shift, '|', color=colour, markersize=12)
+    ends.set_yticks(range(len(methods)), methods.values(), fontsize=7)
+    ends.invert_yaxis()
+    ends.set(xlabel='accuracy, % (mean of 5 tasks)')
+    ends.set_title(f'a dot per base ({", ".join(map(str, bases))}); dotted: the start', fontsize=8)
+    names = {'one_step, p_mask 0.15': 'one step (d1)', 'stepmerge 4, p_mask 0.15': 'StepMerge, 4',
+             'elbo 2, p_mask 0.15': 'ELBO, 2', 'coupled': 'coupled'}
+    seen = (('base', 'first_cosine', 'first step, base models', COLOURS[0]),
+            ('sft', 'other_cosine', 'later steps, SFT models', COLOURS[1]))
+    for i, (stage, key, label, colour) in enumerate(seen):
+        lines = [row for row in truth_rows if row['stage'] == stage]
+        for j, name in enumerate(names):
+            found = [row['estimators'][name][key] for row in lines]
+            cosines.barh(j + 0.36 * i - 0.18, mean(found), 0.36, color=colour, ecolor=GREY,
+                         xerr=[[mean(found) - min(found)], [max(found) - mean(found)]],
+                         label=label if j == 0 else None)
+    cosines.set_yticks(range(len(names)), names.values(), fontsize=7)
+    cosines.invert_yaxis()
+    cosines.axvline(0, color=GREY, linewidth=0.8)
+    cosines.set(xlabel='cosine with that part of the exact gradient')
+    cosines.set_title('prompt masks as in training', fontsize=8)
+    for axis, place in ((ends, 0.3), (cosines, 0.78)):
+        figure.legend(*axis.get_legend_handles_labels(), fontsize=7, loc='lower center',
+                      bbox_to_anchor=(place, 0), ncols=2)
+    save(figure, folder, 'methods', rect=(0, 0.07, 1, 1))
+
+
+def length_figure(rows, folder):
+    """Accuracy and effective tokens over completion lengths, before and after one 'default'."""
+    figure, axes = new_figure(2)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'long-default'})
+    rows = [row for row in rows if row['base'] in bases]
+    lengths = (32, 64, 96, 128)
+    for axis, key, scale in zip(axes, ('accuracy', 'effective_tokens'), (100, 1)):
+        for task, colour in zip(TASKS, COLOURS):
+            for stage, style in (('base', ':'), ('grpo', '-')):
+                kinds = [('base', 'base'), ('long-base', 'base')]
+                if stage == 'grpo':
+                    kinds = [('default', 'grpo'), ('long-default', 'base')]
+                found = {length: scores(rows, kind, name, task, length, key)
+                         for length in lengths for kind, name in kinds
+                         if scores(rows, kind, name, task, length, key)}
+                axis.plot(list(found), [scale * mean(values) for values in found.values()], style,
+                          marker='o', markersize=3, color=colour,
+                          label=NAMES[task] if stage == 'grpo' else None)
+        axis.set_xticks(lengths)
+        axis.set(xlabel='completion length, tokens (training: 32)')
+    axes[0].set(ylabel='accuracy, %', ylim=(0, 102))
+    axes[1].set(ylabel='effective tokens', ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc='lower center')
+    figure.suptitle('One model for all five tasks, before (dotted) and after diffu-GRPO; mean over '
+                    f'bases {", ".join(map(str, bases))}', fontsize=8)
+    save(figure, folder, 'lengths', rect=(0, 0.07, 1, 1))
 
 
 def main():
@@ -559,7 +645,8 @@ def main():
     rows = rows_of(args.results)
     for length in (32,) if args.quick else (32, 64):
         main_table(rows, length)
-    change_table(rows)
+    change_table(rows, 'base')
+    change_table(rows, 'sft')
     truth_rows = rows_of(truth_file)
     truth_table(truth_rows)
     try:
@@ -570,10 +657,13 @@ def main():
     folder = args.out if args.quick else ASSETS
     learning_figure(rows, folder)
     results_figure(rows, folder)
-    if any(row['kind'] == 'default' for row in rows):
+    if any(row['kind'] == 'mu12-random' for row in rows):
         ablation_figure(rows, folder)
+    if any(row['kind'] == 'long-default' for row in rows):
+        length_figure(rows, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)
+        methods_figure(rows, truth_rows, folder)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ import pytest
 from test_train import ROOT, SMALL
 
 FORKS = dict(                                    # patch -> flags that need it
-    task=['--task', 'counting'], loss=['--loss', 'regression'], schedule=['--p_mask_prompt', '0.5'])
+    task=['--task', 'counting'], loss=['--loss', 'regression'], schedule=['--p_mask_prompt', '0.5'],
+    estimator=['--estimator', 'both'])
 
 
 def run_in(folder, name, flags):
