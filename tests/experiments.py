@@ -522,9 +522,9 @@ def ablation_figure(rows, folder):
     axes[0].set(xlabel='updates', ylabel='mean reward', title='random and fixed prompt masks')
     axes[1].set(xlabel='seconds', title='the same')
     axes[2].set(xlabel='iteration', title='masked share of the prompt')
-    for axis, place, columns in ((axes[0], 0.34, 4), (axes[2], 0.84, 3)):
+    for axis, place, columns in ((axes[0], 0.31, 4), (axes[2], 0.81, 3)):
         figure.legend(*axis.get_legend_handles_labels(), fontsize=7, loc='lower center',
-                      bbox_to_anchor=(place, 0), ncols=columns)
+                      bbox_to_anchor=(place, 0), ncols=columns, columnspacing=1, handlelength=1.5)
     for axis in axes:
         axis.title.set_fontsize(8)
     figure.suptitle('One model for all five tasks, mean over bases ' + ', '.join(map(str, bases))
