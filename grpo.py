@@ -81,7 +81,7 @@ def mean_logps(logps, completion_mask):
     return (logps * completion_mask).sum(1, keepdim=True) / completion_mask.sum(1, keepdim=True)
 
 
-def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04):
+def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta):
     """One ratio per sequence, of the mean log-prob per token, clipped (ESPO, arXiv 2512.03759).
 
     A sequence goes up or down as a whole. The KL is the k2 estimate of the same means.
@@ -92,7 +92,7 @@ def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
                      beta, kl_estimate='k2')
 
 
-def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04):
+def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta):
     """Ratios that are always clipped, and divided by their sum (StableDRL, arXiv 2603.06743).
 
     grpo_loss lets a ratio through unclipped where A < 0, however large its noise has made it.

@@ -175,9 +175,9 @@ def put_reward(monkeypatch, reward, task='gsm8k'):
     monkeypatch.setitem(rewards.TASKS, task, rewards.TASKS[task]._replace(grade=grade))
 
 
-def groups_of(model, problems, seed=0, step=0, G=4):
+def groups_of(model, problems, seed=0, step=0, G=4, **knobs):
     sampling = dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
-    return rollout(model, Letters(), problems, G, sampling, seed=seed, step=step)
+    return rollout(model, Letters(), problems, G, sampling, seed=seed, step=step, **knobs)
 
 
 PROBLEMS = [(0, 'gsm8k', [5, 6, 7], dict(bonus=1)), (3, 'math', [8] * 6, dict(bonus=2)),
@@ -201,10 +201,21 @@ def test_groups_are_the_same_in_one_call_and_one_by_one(monkeypatch):
         expected = [rewards.TASKS[task].grade(text, example)[0] for text in group.texts]
         assert group.rewards.tolist() == expected
         assert torch.equal(group.advantages, group_advantages(group.rewards, 4))
-        for name in ('prompt_ids', 'completion_ids', 'completion_mask', 'rewards', 'advantages'):
+        for name in ('prompt_ids', 'completion_ids', 'completion_mask', 'rewards', 'advantages',
+                     'order'):
             assert torch.equal(getattr(group, name), getattr(alone, name)), name
+        assert group.order[:, :4].sort(dim=1).values.tolist() == [[0, 0, 1, 1]] * 4
     ended = torch.cat([~group.completion_mask[:, -1] for group in groups])
     assert ended.any() and not ended.all()
+
+
+def test_the_prefill_is_rewarded_too_and_advantages_may_be_divided(monkeypatch):
+    put_reward(monkeypatch, lambda text, example: len(text))
+    [group] = groups_of(bias(tiny(), {EOS: 1.0}), PROBLEMS[:1], prefill='ab', divide_by_std=True)
+    assert all(text.startswith('ab') for text in group.texts)
+    assert group.rewards.tolist() == [len(text) for text in group.texts]
+    assert torch.equal(group.advantages, group_advantages(group.rewards, 4, divide_by_std=True))
+    assert not torch.equal(group.advantages, group_advantages(group.rewards, 4))
 
 
 def test_every_row_has_a_stream_of_seed_step_prompt_and_row(monkeypatch):
@@ -302,7 +313,9 @@ def test_wd1_weighs_log_probs_by_softmaxes_of_the_advantages():
     means = torch.stack([logps[row, mask[row]].mean() for row in range(3)])
     e, f = A.exp(), (-A).exp()
     expected = ((f / f.sum() - e / e.sum()) * means).sum()
-    torch.testing.assert_close(wd1_loss(logps, A, mask)[0], expected)
+    loss, stats = wd1_loss(logps, A, mask)
+    torch.testing.assert_close(loss, expected)
+    assert stats == dict(ratio=1, clip_high=0, clip_low=0, kl=0)
 
 
 def test_each_kind_of_loss_is_reached_and_its_knobs_with_it():
@@ -329,6 +342,8 @@ def test_advantages_may_be_divided_by_the_std_of_their_group():
     rewards = torch.tensor([0.0, 2.0, 1.0, 1.0])
     found = group_advantages(rewards, 2, divide_by_std=True)
     torch.testing.assert_close(found, torch.tensor([-1, 1, 0, 0]) / 2 ** 0.5, atol=1e-3, rtol=0)
+    found = group_advantages(torch.tensor([0.0, 2e-4]), 2, divide_by_std=True)
+    torch.testing.assert_close(found, torch.tensor([-1, 1]) / (2 ** 0.5 + 1))    # std + 1e-4
 
 
 # ---- train_grpo ----
