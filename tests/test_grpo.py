@@ -423,14 +423,16 @@ def algorithm_1(args, policy, groups):
             loss = 0
             for group in own:
                 arguments = (group.prompt_ids, group.completion_ids, group.prompt_masks[n],
-                             group.completion_mask)
+                             group.completion_mask, group.views[n])
                 with torch.no_grad():
                     old_logps = completion_logps(old, *arguments)
                     ref_logps = completion_logps(reference, *arguments)
                 advantages = group.rewards - group.rewards.mean()
-                part, _ = grpo_loss(completion_logps(policy, *arguments), old_logps, ref_logps,
-                                    advantages, group.completion_mask, args.epsilon, args.beta,
-                                    args.norm)
+                if args.divide_by_std:
+                    advantages = advantages / (group.rewards.std() + 1e-4)
+                part, _ = policy_loss(completion_logps(policy, *arguments), old_logps, ref_logps,
+                                      advantages, group.completion_mask, args.loss, args.epsilon,
+                                      args.beta, args.norm, args.kl)
                 loss = loss + part / len(own)
             losses.append(loss.item())
             found = torch.autograd.grad(loss, trained)
@@ -446,7 +448,10 @@ def algorithm_1(args, policy, groups):
     '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6',
     '--learning_rate 0.02 --beta 0 --epsilon 0.05 --max_grad_norm 1e6',
     '--learning_rate 0.1 --beta 2 --max_grad_norm 1 --norm sequence --num_prompts 4',
-    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --lora_rank 4 --fixed_mask'])
+    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --lora_rank 4 --fixed_mask',
+    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --estimator stepmerge --num_views 2 --kl k2',
+    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --estimator coupled --loss espo',
+    '--learning_rate 0.02 --max_grad_norm 1e6 --loss wd1 --divide_by_std'])
 def test_updates_are_those_of_algorithm_1(monkeypatch, tmp_path, flags):
     put_reward(monkeypatch, varied)
     run = Trained(monkeypatch, tmp_path, *flags.split())
@@ -458,22 +463,36 @@ def test_updates_are_those_of_algorithm_1(monkeypatch, tmp_path, flags):
         own = losses[3 * step:3 * step + 3]
         assert line['loss'] == pytest.approx(sum(own) / 3, rel=1e-3, abs=1e-4)
         assert line['first_ratio'] == pytest.approx(1, abs=1e-5)
-    if run.args.beta:
+        assert 0 < line['rollout_seconds'] < line['seconds']
+    if run.args.beta and run.args.loss == 'grpo':
         assert run.log[1]['kl'] > 1e-3
+    views = dict(one_step=1, coupled=2, stepmerge=2)[run.args.estimator]
+    assert all(len(group.views[0]) == views for group in run.groups)
 
 
 @pytest.mark.parametrize('fixed', [False, True])
 def test_every_group_has_prompt_masks_of_its_own_for_every_update(monkeypatch, tmp_path, fixed):
     put_reward(monkeypatch, varied)
     flags = ['--fixed_mask'] if fixed else []
-    run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.4', *flags)
+    run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.4', '--estimator', 'coupled', *flags)
     first = [group.prompt_masks[0] for group in run.groups]
     assert len(torch.stack(first).unique(dim=0)) == 4, '2 prompts of 2 steps'
     for group in run.groups:
         assert len(group.prompt_masks) == 3
         assert len(torch.stack(group.prompt_masks).unique(dim=0)) == (1 if fixed else 3)
+        masked = [views[0].masked for views in group.views]      # coupled: the masked half
+        assert len(torch.stack(masked).unique(dim=0)) == (1 if fixed else 3)
     share = torch.stack(first).float().mean().item()
     assert abs(share - 0.4) < 4 * (0.24 / 96) ** 0.5
+
+
+def test_the_prefill_is_never_masked(monkeypatch, tmp_path):
+    put_reward(monkeypatch, varied)
+    run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.9', '--prefill', 'abc')
+    for group in run.groups:
+        masks = torch.cat(group.prompt_masks)
+        assert masks[:, :3].float().mean() > 0.6 and not masks[:, 3:].any()
+        assert all(text.startswith('abc') for text in group.texts)
 
 
 def test_flags_reach_the_sampler_and_every_problem_is_drawn_once(monkeypatch, tmp_path):

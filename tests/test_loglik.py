@@ -153,7 +153,8 @@ def test_ar_scores_every_token_given_all_before_it():
 
 def test_coupled_views_are_complements():
     first, second = draw_views('coupled', 1, torch.zeros(50, 40), torch.Generator().manual_seed(0))
-    assert torch.equal(first.masked, ~second.masked) and torch.equal(first.scored, first.masked)
+    assert torch.equal(first.masked, ~second.masked)
+    assert torch.equal(first.scored, first.masked) and torch.equal(second.scored, second.masked)
     assert abs(first.masked.float().mean() - 0.5) < 0.05
 
 
@@ -163,6 +164,16 @@ def test_an_elbo_counts_every_token_once_on_average():
     assert len(views) == 4 and abs(counts.mean() - 1) < 0.05
     shares = sorted(view.masked.float().mean(1).mean().item() for view in views)
     assert max(shares) - min(shares) < 0.05, 'every view has all noise levels over the rows'
+    levels = torch.cat([1 / (4 * view.weight) for view in views], dim=1).sort(dim=1).values
+    torch.testing.assert_close(levels.diff(dim=1), torch.full((2000, 3), 0.25))
+
+
+@pytest.mark.parametrize('estimator', ['coupled', 'elbo'])
+def test_views_come_from_their_generator_only(estimator):
+    first, again = (draw_views(estimator, 2, torch.zeros(3, 9), torch.Generator().manual_seed(0))
+                    for _ in range(2))
+    for view, other in zip(first, again):
+        assert torch.equal(view.masked, other.masked)
 
 
 def test_log_probs_are_the_weighted_sum_over_views():

@@ -46,6 +46,7 @@ def test_loss_by_hand():
     t = torch.tensor([[0.5], [0.25]])
     expected = (math.log(2) / 0.5 + math.log(4) / 0.5 + math.log(4) / 0.25) / (6 - 2)
     assert sft_loss(logits, labels, t, 2).item() == pytest.approx(expected)
+    assert torch.equal(sft_loss(logits, labels, t), sft_loss(logits, labels, t, 0))
     masked = labels != -100
     logps = torch.full((2, 3), -torch.inf)       # what is not masked has no say
     logps[masked] = torch.tensor([0.5, 0.25, 0.25]).log()
@@ -276,6 +277,9 @@ def test_base_noise_is_half_sfts_and_half_what_the_sampler_sees():
     for row in odd:              # all from 8 tokens after the first mask, which is within the text
         first = row.long().argmax().item()
         assert row[first + 8:].all() and row[20 + 8:].all()
+    # the place is even over -8 to 20, and half of the 8 tokens after it are masked
+    for position, seen in ((0, 24), (10, 14), (19, 5), (26, 0.5 * 2)):
+        assert abs((~odd[:, position]).float().mean() - seen / 28) < 0.04
     alone = odd[:, 1:8].all(1) & ~odd[:, 0]
     assert odd.all(1).any() and alone.any(), 'nothing, or only the first token, is in sight'
 
