@@ -33,7 +33,8 @@ TARGETS = {
     'sft.py': (['add_noise', 'masked_loss', 'sft_loss', 'add_base_noise'],
                ['test_sft.py', 'test_train.py']),
     'sample.py': (['choose', 'commit_counts', 'generate_plain', 'generate', 'denoise', 'to_commit',
-                   'predict', 'leave_out'], ['test_sample.py', 'test_train.py']),
+                   'predict', 'leave_out'],
+                  ['test_sample.py', 'test_loglik.py', 'test_grpo.py', 'test_train.py']),
     'train.py': (['train_grpo', 'train_sft'],
                  ['test_grpo.py', 'test_sft.py', 'test_train.py', 'test_distributed.py']),
 }

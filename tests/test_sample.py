@@ -2,6 +2,7 @@
 
 generate is held against generate_plain, and both against the official sampler's numbers.
 """
+import inspect
 import sys
 from xml.etree import ElementTree
 
@@ -380,3 +381,12 @@ def test_a_picture_shows_every_token_when_it_was_committed(tmp_path):
     assert float(texts[1].get('y')) > float(texts[0].get('y')), 'a line of its own'
     assert [rect.find(name + 'animate').get('values') for rect in root.iter(name + 'rect')] == [
         '1;0', '1;0'], 'a mask stands there until then'
+
+
+@pytest.mark.parametrize('function', [generate_plain, generate])
+def test_the_defaults_are_llada_s(function):
+    knobs = {name: knob.default for name, knob in inspect.signature(function).parameters.items()}
+    expected = dict(gen_length=256, block_length=32, steps=128, temperature=0.0,
+                    remasking='low_confidence')
+    assert {name: knobs[name] for name in expected} == expected
+    assert not any(knobs.get(name) for name in ('cfg_scale', 'cache', 'threshold'))
