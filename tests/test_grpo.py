@@ -466,6 +466,9 @@ def test_updates_are_those_of_algorithm_1(monkeypatch, tmp_path, flags):
         assert 0 < line['rollout_seconds'] < line['seconds']
     if run.args.beta and run.args.loss == 'grpo':
         assert run.log[1]['kl'] > 1e-3
+    for group in run.groups:                     # no pass is made whose log-probs nobody needs
+        assert (group.old_logps[0] is None) == (run.args.loss == 'wd1')
+        assert (group.ref_logps[0] is None) == (run.args.loss == 'wd1' or not run.args.beta)
     views = dict(one_step=1, coupled=2, stepmerge=2)[run.args.estimator]
     assert all(len(group.views[0]) == views for group in run.groups)
 
