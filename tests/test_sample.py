@@ -390,3 +390,11 @@ def test_the_defaults_are_llada_s(function):
                     remasking='low_confidence')
     assert {name: knobs[name] for name in expected} == expected
     assert not any(knobs.get(name) for name in ('cfg_scale', 'cache', 'threshold'))
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_top_prob_is_the_highest_probability_whatever_was_drawn(temperature):
+    logits = torch.randn(1, 5, V, generator=torch.Generator().manual_seed(0))
+    _, confidence = choose(logits.clone(), MASK, temperature, 'top_prob')
+    logits[..., MASK] = -torch.inf
+    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
