@@ -59,7 +59,7 @@ class Config:
     @classmethod
     def from_dict(cls, keys):
         """The Config of config.json's keys; ValueError on a missing key or another architecture."""
-        own = dict(rest=keys)
+        own = dict(rest=keys)           # as they were read, to be written again
         names, switches = LLADA_KEYS, ARCHITECTURE
         if 'qwen3' in keys.get('model_type', ''):
             own.update(qk_norm=True, layout='qwen3')
@@ -292,7 +292,7 @@ class LLaDA(nn.Module):
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as e:                    # a tensor is missing, extra or misshapen
-            first = str(e).splitlines()[1].strip()[:200]
+            first = str(e).splitlines()[1].strip()[:200]         # line 0 is a heading
             raise ValueError(f'{folder}: model*.safetensors and config.json do not fit ({first})'
                              ': is the download complete?') from None
         if config.weight_tying:

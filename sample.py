@@ -167,9 +167,10 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
 
 
 def to_commit(confidence, is_mask, counts, step, threshold):
-    """Which predictions a step commits, (R, n) bool: the counts[step] surest, or all above it.
+    """Which predictions a step commits, (R, n) bool: the counts[step] surest.
 
-    is_mask (R, n): False where a row has fewer masks than others.
+    With a threshold all that are this sure, at least one. is_mask (R, n): False where a row has
+    fewer masks than others.
     """
     if threshold:
         confidence = confidence.masked_fill(~is_mask, -1)

@@ -192,7 +192,8 @@ def train_sft(args, stage, model, optimizers, data, steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 warm_up = min(1, 20 * (step + 1) / steps)        # over the first 5 % of the steps
-                peak = group.setdefault('peak_lr', group['lr'])  # a checkpoint has it
+                # set by the first update; a resumed run finds it in its checkpoint
+                peak = group.setdefault('peak_lr', group['lr'])
                 group['lr'] = peak * warm_up * (1 - step / steps)
         batch = data.batch(step)
         B, L = batch.answers.shape
@@ -509,8 +510,10 @@ def append(args, name, row):
 
 def read_log(args, name):
     """The rows of a log; a kill may have cut the last one short."""
-    with open(os.path.join(args.folder, name), 'a+') as file:    # made if it is not there
-        file.seek(0)
+    path = os.path.join(args.folder, name)
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
         return [json.loads(line) for line in file if line.endswith('\n')]
 
 
@@ -571,7 +574,10 @@ def put_weights(args, model, weights):
 def keep_adapter(args, model, name):
     """The adapters of all stages so far, in the layout of the peft library."""
     if args.lora_rank and rank() == 0:
-        save_adapter(os.path.join(args.folder, name), model, args.base)
+        base = args.model
+        if base == 'nano' and base_of(args)[1]:  # not the one in assets/
+            base = os.path.join(base_of(args)[0], 'model')
+        save_adapter(os.path.join(args.folder, name), model, base)
 
 
 def save_model(folder, model, tokenizer, source):
@@ -748,7 +754,7 @@ def nano_base(args, tokenizer):
         return folder
     base = argparse.Namespace(**vars(args))
     base.seed, base.folder, base.device = settings['seed'], folder, 'cpu'    # the fastest for it
-    # built-in problems of all tasks, or of the run's tasks, where they have no text
+    # with text: the run's tasks, built-in problems where one has none; else built-in ones of all
     rows = dict.fromkeys(args.tasks if settings['data'] else rewards.TASKS)
     for task, file in settings['data'].items():  # text that shows no steps is of no use here
         examples = rewards.load_examples(task, file, 'train')
@@ -845,10 +851,8 @@ def main(argv=None):
     gather([])                                   # every process has looked before one writes
     os.makedirs(args.folder, exist_ok=True)
     write_json(args, 'config.json', vars(args))
-    args.base = args.model                       # what an adapter is of
     if args.model == 'nano':
-        args.base = nano_base(args, tokenizer)
-        model, tokenizer = load(args.base, weights_dtype, args.device)
+        model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
     if args.adapter:
         load_adapter(args.adapter, model)
     # trained weights stay float32, for bfloat16 ones would not notice steps of 3e-6

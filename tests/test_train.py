@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import grpo
 import rewards
 import train
-from model import nano_tokenizer
-from tiny import SHARED, needs_shared
+from model import add_lora, nano_tokenizer
+from tiny import SHARED, needs_shared, tiny
 
 ROOT = os.path.join(os.path.dirname(__file__), '..')
 SMALL = ('--base_seed 0 --base_steps 2 --sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 '
@@ -263,6 +263,20 @@ def test_checkpoints_are_at_least_save_minutes_apart(out, monkeypatch):
     monkeypatch.setattr(train, 'write', spied)
     run(out, 'seldom', '--save_minutes', '5')
     assert [step for _, step in saved] == [1, 3, 3], 'the first, and each stage when it is finished'
+
+
+def test_an_adapter_of_the_base_in_assets_names_it_as_the_flag_does(tmp_path):
+    args = train.parse(['--lora_rank', '4'])
+    args.folder = str(tmp_path)
+    train.keep_adapter(args, add_lora(tiny(), 4, 4), 'adapter')
+    config = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
+    assert config['base_model_name_or_path'] == 'nano'
+
+
+def test_reading_a_log_that_is_not_there_makes_none(tmp_path):
+    args = train.parse([])
+    args.folder = str(tmp_path)
+    assert train.read_log(args, 'log.jsonl') == [] and not list(tmp_path.iterdir())
 
 
 def test_evaluations_on_the_way_keep_the_adapter_of_each(out):
