@@ -216,7 +216,8 @@ def truth(args, base, task, stage, num_groups, draws):
         if group.advantages.abs().max() > 0:
             groups.append(group)
     if not groups:
-        return print('truth', base, task, stage, 'all rewards of every group are equal', flush=True)
+        print('truth', base, task, stage, 'all rewards of every group are equal', flush=True)
+        return
     for group in groups:
         texts = group.prompt_ids, group.completion_ids
         logps = exact_logps(model, *texts, group.order, group.completion_mask, 8, 0.9)
@@ -322,10 +323,10 @@ def change_table(rows, start):
         lines = [('base', 'sft', 'SFT'), ('all', 'grpo', 'default')]
         lines += [(f'sft-{name}', 'grpo', flags) for name, flags in METHODS.items()]
     before = {row['base']: row for row in rows if row['kind'] == 'base'}
-    bases = {row['base'] for row in rows if row['kind'] == lines[-1][0]}
+    default = 'all' if start == 'sft' else 'default'
+    bases = {row['base'] for row in rows if row['kind'] == default}
     for name, stage, label in lines:
-        some = [row for row in rows if row['kind'] == name
-                and (start == 'base' or row['base'] in bases)]
+        some = [row for row in rows if row['kind'] == name and row['base'] in bases]
         if not some:
             continue
         cells = [mean(scores(some, name, stage, task, 32)) for task in TASKS]
@@ -537,12 +538,11 @@ def methods_figure(rows, truth_rows, folder):
     figure, [ends, cosines] = new_figure(2, 2.8)
     bases = sorted({row['base'] for row in rows if row['kind'] == 'espo'})
     rows = [row for row in rows if row['base'] in bases]
-    starts = (('base', 'base', 'from the base', COLOURS[0], -0.15),
-              ('base', 'sft', 'from SFT', COLOURS[1], 0.15))
+    starts = (('base', 'from the base', COLOURS[0], -0.15), ('sft', 'from SFT', COLOURS[1], 0.15))
     methods = dict(default='d1', stable='StableDRL', wd1='wd1', stepmerge4='StepMerge, 4 views',
                    elbo2='ELBO, 2 views', coupled='coupled views', espo='ESPO, coupled')
-    for kind, stage, label, colour, shift in starts:
-        start = mean([100 * mean_score(row, stage) for row in rows if row['kind'] == kind])
+    for stage, label, colour, shift in starts:
+        start = mean([100 * mean_score(row, stage) for row in rows if row['kind'] == 'base'])
         ends.axvline(start, color=colour, linestyle=':', linewidth=1)
         for j, name in enumerate(methods):
             if stage == 'sft':
@@ -584,18 +584,15 @@ def length_figure(rows, folder):
     bases = sorted({row['base'] for row in rows if row['kind'] == 'long-default'})
     rows = [row for row in rows if row['base'] in bases]
     lengths = (32, 64, 96, 128)
+    before = (('base', 'base'), ('long-base', 'base'))           # (kind, stage)
+    after = (('default', 'grpo'), ('long-default', 'base'))
     for axis, key, scale in zip(axes, ('accuracy', 'effective_tokens'), (100, 1)):
         for task, colour in zip(TASKS, COLOURS):
-            for stage, style in (('base', ':'), ('grpo', '-')):
-                kinds = [('base', 'base'), ('long-base', 'base')]
-                if stage == 'grpo':
-                    kinds = [('default', 'grpo'), ('long-default', 'base')]
-                found = {length: scores(rows, kind, name, task, length, key)
-                         for length in lengths for kind, name in kinds
-                         if scores(rows, kind, name, task, length, key)}
-                axis.plot(list(found), [scale * mean(values) for values in found.values()], style,
-                          marker='o', markersize=3, color=colour,
-                          label=NAMES[task] if stage == 'grpo' else None)
+            for cells, style, label in ((before, ':', None), (after, '-', NAMES[task])):
+                found = {length: scale * mean(values) for kind, stage in cells for length in lengths
+                         if (values := scores(rows, kind, stage, task, length, key))}
+                axis.plot(list(found), found.values(), style, marker='o', markersize=3,
+                          color=colour, label=label)
         axis.set_xticks(lengths)
         axis.set(xlabel='completion length, tokens (training: 32)')
     axes[0].set(ylabel='accuracy, %', ylim=(0, 102))
