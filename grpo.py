@@ -63,22 +63,27 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     clip_low = (ratio < 1 - epsilon) & (A < 0)
     loss = masked_mean(beta * kl - objective, mask, norm)
     stats = dict(ratio=ratio, clip_high=clip_high.float(), clip_low=clip_low.float(), kl=kl)
-    return loss, {name: masked_mean(value, mask, norm).item() for name, value in stats.items()}
+    for name, values in stats.items():
+        stats[name] = masked_mean(values, mask, norm).item()
+    return loss, stats
 
 
 def masked_mean(values, mask, norm):
     """The mean of values (B, L) where mask (B, L) is 1: over 'token's, or per 'sequence' first."""
     assert norm in ('token', 'sequence'), norm
+    values = values * mask
     if norm == 'sequence':
-        return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+        means = values.sum(1) / mask.sum(1).clamp(min=1)         # (B,)
+        return means.mean()
+    return values.sum() / mask.sum().clamp(min=1)
 
 
 # ---- other losses: grpo_loss's arguments as far as they need them, the same statistics ----
 
 def mean_logps(logps, completion_mask):
     """logps (B, L) -> (B, 1): each completion's mean per token."""
-    return (logps * completion_mask).sum(1, keepdim=True) / completion_mask.sum(1, keepdim=True)
+    sums = (logps * completion_mask).sum(1, keepdim=True)
+    return sums / completion_mask.sum(1, keepdim=True)
 
 
 def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta):
@@ -86,10 +91,11 @@ def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon,
 
     A sequence goes up or down as a whole. The KL is the k2 estimate of the same means.
     """
-    new, old = mean_logps(logps, completion_mask), mean_logps(old_logps, completion_mask)
+    new = mean_logps(logps, completion_mask)                     # (B, 1), as if of one token
+    old = mean_logps(old_logps, completion_mask)
     ref = mean_logps(ref_logps, completion_mask) if beta else None
-    return grpo_loss(new, old, ref, advantages, torch.ones_like(new, dtype=torch.bool), epsilon,
-                     beta, kl_estimate='k2')
+    everything = torch.ones_like(new, dtype=torch.bool)
+    return grpo_loss(new, old, ref, advantages, everything, epsilon, beta, kl_estimate='k2')
 
 
 def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta):
@@ -101,8 +107,10 @@ def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilo
     _, stats = grpo_loss(*tensors, advantages, completion_mask, epsilon, beta)
     kl_term, _ = grpo_loss(*tensors, 0 * advantages, completion_mask, epsilon, beta)
     log_ratio = (logps - old_logps).masked_fill(~completion_mask.bool(), 0)
-    ratio = log_ratio.clamp(max=80).exp().clamp(1 - epsilon, 1 + epsilon) * completion_mask
-    return kl_term - (ratio * advantages.unsqueeze(1)).sum() / ratio.sum(), stats
+    clipped = log_ratio.clamp(max=80).exp().clamp(1 - epsilon, 1 + epsilon)
+    clipped = clipped * completion_mask                          # (B, L)
+    objective = (clipped * advantages.unsqueeze(1)).sum() / clipped.sum()
+    return kl_term - objective, stats
 
 
 def wd1_loss(logps, advantages, completion_mask):
@@ -111,7 +119,8 @@ def wd1_loss(logps, advantages, completion_mask):
     -sum softmax(A) log p + sum softmax(-A) log p over the group, log p as a mean per token.
     """
     weights = advantages.softmax(0) - (-advantages).softmax(0)           # (B,)
-    loss = -(weights * mean_logps(logps, completion_mask)[:, 0]).sum()
+    means = mean_logps(logps, completion_mask)[:, 0]                     # (B,)
+    loss = -(weights * means).sum()
     return loss, dict(ratio=1.0, clip_high=0.0, clip_low=0.0, kl=0.0)
 
 
@@ -184,7 +193,8 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
     for i, (k, task, prompt, example) in enumerate(problems):
         rows = slice(i * num_generations, (i + 1) * num_generations)
         grades = rewards.grade_all(task, texts[rows], [example] * num_generations)
-        reward = torch.tensor([float(r) for r, _ in grades], device=model.device)
+        earned = [float(reward) for reward, _ in grades]
+        reward = torch.tensor(earned, device=model.device)                   # (G,)
         prompt_ids = torch.tensor([prompt] * num_generations, device=model.device)
         advantages = group_advantages(reward, num_generations, divide_by_std)
         groups.append(Group(k, task, example, prompt_ids, completion_ids[rows], mask[rows],

@@ -110,7 +110,8 @@ def draw_views(estimator, num_views, order, generator=None):
         return segment_views(order, num_views)
     if estimator == 'ar':
         L = order.size(1)
-        return segment_views(torch.arange(L, device=order.device).expand_as(order), L)
+        left_to_right = torch.arange(L, device=order.device).expand_as(order)
+        return segment_views(left_to_right, L)
     assert estimator == 'one_step', estimator
     return [whole_view(order)]
 
@@ -126,9 +127,10 @@ def exact_logps(model, prompt_ids, completion_ids, order, completion_mask, block
     with probability 0.6, else 'b', one commit per step: it prefers a position that drew 'a', so
     that the first commit is 'a' with 1 - 0.4 * 0.4 = 0.84, and the product says 0.6.
     """
-    blocks = (completion_mask.sum(dim=1, keepdim=True) - 1) // block_length + 1      # drawn, (B, 1)
+    lengths = completion_mask.sum(dim=1, keepdim=True)                       # (B, 1)
+    blocks = (lengths - 1) // block_length + 1                               # those drawn
     place = torch.arange(completion_ids.size(1), device=completion_ids.device)
-    drawn = place < blocks * block_length                                            # (B, L)
+    drawn = place < blocks * block_length                                    # (B, L)
     nothing = torch.zeros_like(prompt_ids, dtype=torch.bool)
     views = segment_views(order, int(order.max()) + 1)
     return completion_logps(model, prompt_ids, completion_ids, nothing, drawn, views, temperature)

@@ -5,13 +5,12 @@ is a prefix strip and a strict comparison. The network maps token ids, some of t
 logits at every position at once (LLaDA, arXiv 2502.09992, section 2).
 """
 import contextlib
-import glob
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -121,15 +120,17 @@ class Linear(nn.Linear):
 def rope_tables(positions, size, theta):
     """positions (T,) -> cos, sin (1, T, size), float32: each pair (i, i + size/2) is one plane."""
     pairs = torch.arange(0, size, 2, device=positions.device)
-    angles = torch.outer(positions.float(), theta ** (-pairs / size)).repeat(1, 2)
+    speeds = theta ** (-pairs / size)                            # radians per position
+    angles = torch.outer(positions.float(), speeds).repeat(1, 2)
     return angles.cos()[None], angles.sin()[None]
 
 
 def rotate(x, cos, sin):
     """x (B, nh, n, hs) turned by its positions' angles (B or 1, n, hs), in float32."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                # (B or 1, 1, n, hs)
     a, b = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-b, a), dim=-1)
-    return (x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)
+    quarter_turn = torch.cat((-b, a), dim=-1)
+    return (x * cos + quarter_turn * sin).to(x.dtype)
 
 
 def pick(x, positions):
@@ -147,8 +148,8 @@ class Block(nn.Module):
         self.k_proj = Linear(c.d_model, kv_size, bias=False)
         self.v_proj = Linear(c.d_model, kv_size, bias=False)
         self.attn_out = Linear(q_size, c.d_model, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        norm = partial(RMSNorm, c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
         self.ff_norm = RMSNorm(c.d_model, c.rms_norm_eps)
         self.ff_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
         self.up_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
@@ -232,8 +233,9 @@ class LLaDA(nn.Module):
     def head_logps(self, h, targets, temperature=None):
         logits = self.ff_out(h).float()
         if temperature:
-            is_mask = torch.arange(logits.size(-1), device=h.device) == self.config.mask_id
-            logits = logits.masked_fill(is_mask, -torch.inf) / temperature
+            no_mask = torch.zeros(logits.size(-1), device=h.device)
+            no_mask[self.config.mask_id] = -torch.inf
+            logits = (logits + no_mask) / temperature
         return -F.cross_entropy(logits, targets, reduction='none')
 
     def new_cache(self, B, T):
@@ -276,8 +278,8 @@ class LLaDA(nn.Module):
         """
         folder = fetch(folder_or_hub_id)
         config = Config.from_dict(read_json(folder, 'config.json'))
-        names = glob.glob('model*.safetensors', root_dir=folder)     # one file, or its shards
-        files = [open_weights(os.path.join(folder, name)) for name in names]
+        paths = Path(folder).glob('model*.safetensors')              # one file, or its shards
+        files = [open_weights(path) for path in paths]
         if any('lm_head.weight' in file.keys() for file in files):
             config.weight_tying = False              # whatever config.json says of it
         with torch.device('meta'):
@@ -286,7 +288,8 @@ class LLaDA(nn.Module):
         weights = {}
         for file in files:
             for key in file.keys():
-                weights[ours.get(key, key)] = file.get_tensor(key).to(device, dtype)
+                tensor = file.get_tensor(key).to(device, dtype)
+                weights[ours.get(key, key)] = tensor
         if config.weight_tying and 'wte.weight' in weights:
             weights['ff_out.weight'] = weights['wte.weight']
         try:
@@ -305,15 +308,15 @@ class LLaDA(nn.Module):
         They are written in the dtype that the model computes in.
         """
         from huggingface_hub import save_torch_state_dict
-        os.makedirs(folder, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {}
         for name, tensor in self.named_parameters():             # a tied head only once
             if '.lora_' not in name:
                 tensor = tensor.detach().to('cpu', self.compute_dtype or tensor.dtype)
                 weights[self.config.tensor_name(name)] = tensor.contiguous()
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
-        with open(os.path.join(folder, 'config.json'), 'w') as file:
-            json.dump(self.config.to_dict(), file, indent=2)
+        text = json.dumps(self.config.to_dict(), indent=2)
+        Path(folder, 'config.json').write_text(text)
 
 
 # ---- LoRA (arXiv 2106.09685): y = W x + alpha/r B A x, with W frozen ----
@@ -330,8 +333,8 @@ def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), 
             layer = getattr(block, target)
             layer.lora_on = True
             layer.lora_scale = alpha / rank
-            a = torch.empty(rank, layer.in_features).uniform_(-1, 1, generator=g)
-            a = a / math.sqrt(layer.in_features)
+            bound = 1 / math.sqrt(layer.in_features)
+            a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=g)
             b = torch.zeros(layer.out_features, rank)            # the first output is W x
             layer.lora_a = nn.Parameter(a.to(model.device))      # float32, whatever W is
             layer.lora_b = nn.Parameter(b.to(model.device))
@@ -361,8 +364,8 @@ def lora_adapters(model):
     adapters = {}
     for name, layer in model.named_modules():
         if hasattr(layer, 'lora_a'):
-            b = layer.lora_scale * layer.lora_b
-            adapters[name] = layer.lora_a.to('cpu', copy=True), b.to('cpu', copy=True)
+            a, b = layer.lora_a, layer.lora_scale * layer.lora_b
+            adapters[name] = a.to('cpu', copy=True), b.to('cpu')
     return adapters
 
 
@@ -372,7 +375,7 @@ def side_by_side(first, second):
     for name in first.keys() & second.keys():
         a, b = first[name]                                       # (r1, in), (out, r1)
         c, d = second[name]                                      # (r2, in), (out, r2)
-        both[name] = torch.cat((a, c), dim=0), torch.cat((b, d), dim=1)
+        both[name] = torch.vstack((a, c)), torch.hstack((b, d))
     return both
 
 
@@ -397,9 +400,10 @@ def merge_layer(layer):
 
 def save_adapter(folder, model, base):
     """Writes all adapters, merged or not, as peft reads them; base: the name of their model."""
-    os.makedirs(folder, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
-    for name, (a, b) in side_by_side(model.merged, lora_adapters(model)).items():
+    adapters = side_by_side(model.merged, lora_adapters(model))
+    for name, (a, b) in adapters.items():
         place = model.config.tensor_name(name + '.weight').removesuffix('.weight')
         tensors[f'base_model.model.{place}.lora_A.weight'] = a.contiguous()
         tensors[f'base_model.model.{place}.lora_B.weight'] = b.contiguous()
@@ -408,9 +412,8 @@ def save_adapter(folder, model, base):
     config = dict(peft_type='LORA', base_model_name_or_path=base, r=rank, lora_alpha=rank,
                   lora_dropout=0.0, bias='none', target_modules=sorted(ranks), rank_pattern=ranks,
                   alpha_pattern=ranks, inference_mode=True)
-    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'))
-    with open(os.path.join(folder, 'adapter_config.json'), 'w') as file:
-        json.dump(config, file, indent=2)
+    save_file(tensors, Path(folder, 'adapter_model.safetensors'))
+    Path(folder, 'adapter_config.json').write_text(json.dumps(config, indent=2))
 
 
 @torch.no_grad()
@@ -422,20 +425,22 @@ def load_adapter(folder, model):
     config = read_json(folder, 'adapter_config.json')
     if any(config.get(kind) for kind in ('use_dora', 'use_rslora', 'modules_to_save')):
         raise ValueError(f'{folder} is no plain LoRA adapter, which is all that is read here')
-    file = open_weights(os.path.join(folder, 'adapter_model.safetensors'))
+    file = open_weights(Path(folder, 'adapter_model.safetensors'))
     names = [key for key in file.keys() if key.endswith('.lora_A.weight')]
     layers = {model.config.tensor_name(name + '.weight'): (name, layer)
               for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    alphas = config.get('alpha_pattern', {})                     # by kind of layer
     for key in names:
         place = key.removeprefix('base_model.model.').replace('.lora_A.', '.')
         name, layer = layers.get(place, ('', None))
-        kind = name.rpartition('.')[2]
-        alpha = config.get('alpha_pattern', {}).get(kind, config.get('lora_alpha', 8))
+        alpha = alphas.get(name.rpartition('.')[2], config.get('lora_alpha', 8))
         a = file.get_tensor(key).float()                         # (r, in)
-        b = file.get_tensor(key.replace('.lora_A.', '.lora_B.')).float() * (alpha / len(a))
+        b = file.get_tensor(key.replace('.lora_A.', '.lora_B.')).float()
+        b = alpha / len(a) * b                                   # (out, r)
         if layer is None or (len(b), a.size(1)) != layer.weight.shape:
             raise ValueError(f'{folder} is an adapter of another model: it has {key}')
-        layer.weight.copy_(layer.weight.float() + (b @ a).to(layer.weight.device))
+        delta = (b @ a).to(layer.weight.device)
+        layer.weight.copy_(layer.weight.float() + delta)
         model.merged[name] = a, b
     if not names:
         raise ValueError(f'{folder} holds no adapter')
@@ -472,17 +477,16 @@ ARCHITECTURE = dict(
 
 
 def read_json(folder, name):
-    path = os.path.join(folder, name)
+    path = Path(folder, name)
     try:
-        with open(path) as file:
-            return dict(json.load(file))
+        return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f'{path} cannot be read: {e}') from None
 
 
 def fetch(folder_or_hub_id):
     """The folder itself, or a hub id's folder in the local cache, downloaded if it is not there."""
-    if os.path.isdir(folder_or_hub_id):
+    if Path(folder_or_hub_id).is_dir():
         return folder_or_hub_id
     from huggingface_hub import snapshot_download
     try:
@@ -524,10 +528,10 @@ def load_tokenizer(name, config):
         line = str(e).split('\n')[0]
         raise ValueError(f'{name} has no usable tokenizer with a chat template '
                          f'({type(e).__name__}: {line}): is this the Instruct model?') from None
-    vocabulary = tokenizer.get_vocab()
-    masks = [vocabulary.get(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
-    ends = [vocabulary.get(token) for token in ('<|eot_id|>', '<|im_end|>', '<|endoftext|>')]
-    ends = [end for end in [tokenizer.eos_token_id, *ends] if end is not None]
+    number_of = tokenizer.get_vocab().get
+    masks = [number_of(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
+    known = (tokenizer.eos_token, '<|eot_id|>', '<|im_end|>', '<|endoftext|>')
+    ends = [number_of(token) for token in known if number_of(token) is not None]
     agree = config.mask_id in masks and config.eos_id in ends
     if not agree or len(tokenizer) > config.embedding_size:
         raise ValueError(f'{name} contradicts itself: mask and eos are {config.mask_id} and '
@@ -546,8 +550,8 @@ def save_tokenizer(folder, tokenizer, source):
     if source == 'nano':
         return tokenizer.save_pretrained(folder)
     for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*'):
-        for file in glob.glob(os.path.join(glob.escape(fetch(source)), pattern)):
-            shutil.copy(file, folder)
+        for path in Path(fetch(source)).glob(pattern):
+            shutil.copy(path, folder)
 
 
 # ---- the nano model: everything made in code ----
@@ -585,11 +589,14 @@ def nano_tokenizer():
     from transformers import PreTrainedTokenizerFast
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [str(n) for n in range(10, 100)] + [f'0{n}' for n in range(10)]
-    words += [form for word in WORDS for form in (word, ' ' + word)] + PUNCTUATION
-    words = [spell.pre_tokenize_str(word)[0][0] for word in words]   # in GPT-2's signs of bytes
+    for word in WORDS:
+        words += [word, ' ' + word]
+    words = [spell.pre_tokenize_str(word)[0][0]                      # in GPT-2's signs of bytes
+             for word in words + PUNCTUATION]
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + words     # a sign per byte comes first
     special = ['<|endoftext|>', '<|mask|>', '<|assistant|>']
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(special + pieces))}
+    pieces = dict.fromkeys(special + pieces)                         # each once
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     t = Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True))  # known words are not spelled
     split = Regex(r'\d{1,2}| ?[A-Za-z]+| ?[^\sA-Za-z\d]+ ?|\s')
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, 'isolated'), spell])
@@ -605,10 +612,11 @@ def number_waves(model, tokenizer, scale=0.1):
 
     Neighbours are alike and adding is turning, so that arithmetic is learnt in fewer updates.
     """
-    periods = torch.logspace(math.log10(2), math.log10(200), model.config.d_model // 4)
+    num_periods = model.config.d_model // 4
+    periods = torch.logspace(math.log10(2), math.log10(200), num_periods)    # 2 to 200
     for n in range(100):
         angle = 2 * math.pi * n / periods
-        wave = scale * torch.cat((angle.cos(), angle.sin()))  # half of d_model
+        wave = scale * torch.cat((angle.cos(), angle.sin()))     # half of d_model
         for token in {str(n), f'{n:02d}'}:
             i = tokenizer.convert_tokens_to_ids(token)
             for table in (model.wte, model.ff_out):

@@ -138,16 +138,17 @@ def draw_gsm8k(rng):
     changes = [rng.randint(1, 4) for _ in range(3)]
     value, steps, phrases = first, [], []
     for change in changes:
-        gains = value <= change or (value + change < 13 and rng.random() < 0.5)
-        verb = rng.choice(['buys', 'gets', 'takes'] if gains else ['sells', 'eats', 'gives'])
-        phrases.append(f'{verb} {change}')
-        steps.append(('+' if gains else '-', change))
-        value += change if gains else -change
+        op, verbs = '-', ['sells', 'eats', 'gives']
+        if value <= change or (value + change < 13 and rng.random() < 0.5):
+            op, verbs = '+', ['buys', 'gets', 'takes']
+        phrases.append(f'{rng.choice(verbs)} {change}')
+        steps.append((op, change))
+        value += change if op == '+' else -change
     question = (f'{name} has {first} {thing}, {phrases[0]}, {phrases[1]} and {phrases[2]}. '
                 f'How many {thing} are left?')
     wrong = rng.choice([first + sum(changes), first, *changes, first + changes[0]])
-    example = dict(question=question, answer=float(value), reply=str(value), wrong=str(wrong),
-                   solution=work_out(first, steps))
+    example = dict(question=question, answer=float(value), reply=str(value),
+                   wrong=str(wrong), solution=work_out(first, steps))
     return f'gsm8k {first} {steps}', example
 
 
@@ -157,10 +158,11 @@ def gsm8k_row(row):
     work, marker, final = column(row, 'answer').rpartition('####')
     if not marker or number(final) is None:
         raise ValueError("column 'answer' does not end in #### and a number")
-    steps = '\n'.join(re.findall('<<([^<>]*)>>', work)) or work.strip()
+    steps = re.findall('<<([^<>]*)>>', work)
     numbers = re.findall(DIGITS, question) or ['0']
-    return dict(question=question, answer=number(final), solution=steps,
-                reply=final.strip(), wrong=numbers[-1])
+    return dict(question=question, answer=number(final),
+                solution='\n'.join(steps) or work.strip(), reply=final.strip(),
+                wrong=numbers[-1])
 
 
 def tag_count(text):
@@ -202,8 +204,8 @@ def grade_gsm8k(completion, example):
     text = visible(completion)
     found = number(final_answer(text))
     correct = found is not None and found == example['answer']   # two official truths are None
-    form = tag_count(text) + soft_format(text) + strict_format(text) + integer_answer(text)
-    return form + 2.0 * correct, correct
+    form = tag_count(text) + soft_format(text) + strict_format(text)
+    return form + integer_answer(text) + 2.0 * correct, correct
 
 
 GSM8K = Task(f'Solve this word problem. {FORM}one number in digits, without unit or words.',
@@ -236,8 +238,10 @@ def draw_math(rng):
 def math_row(row):
     r"""MATH: problem, solution with the answer in \boxed{}; an answer column is used if there."""
     solution = column(row, 'solution')
+    answer = row.get('answer') or last_box(solution)
     bare = re.findall(r'\\boxed ([^\s$]+)', solution)            # a few rows have \boxed 2
-    answer = row.get('answer') or last_box(solution) or (bare and bare[-1])
+    if bare and not answer:
+        answer = bare[-1]
     if not isinstance(answer, str):
         raise ValueError("column 'solution' has no \\boxed{answer}")
     return dict(question=column(row, 'problem'), answer=answer, solution=solution)
@@ -283,13 +287,13 @@ MATH = Task(f'Solve this problem. {FORM}one LaTeX expression inside \\boxed{{}}.
 
 def draw_countdown(rng):
     numbers = rng.sample(range(1, 11), 3)
+    a, b, c = numbers
+    total = a + b + c
     signed = [(1, 1, 1), (1, 1, -1), (1, -1, 1)]
     signs = rng.choice(signed)
     target = sum(s * n for s, n in zip(signs, numbers))
     if target < 1:
-        signs, target = (1, 1, 1), sum(numbers)
-    a, b, c = numbers
-    total = a + b + c
+        signs, target = (1, 1, 1), total
     minus = (total - target) // 2                    # the number to subtract, or 0
     example = dict(
         question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
@@ -305,7 +309,8 @@ def signed_sum(numbers, signs):
 def countdown_row(row):
     """Countdown: nums, target (hub) or input '30,100,93', output '23' (d1's); three numbers."""
     names = ('input', 'output') if 'input' in row else ('nums', 'target')
-    text = ' to '.join(str(column(row, name, object)) for name in names)
+    given = [str(column(row, name, object)) for name in names]
+    text = ' to '.join(given)
     if not re.fullmatch(r'\[?[0-9]+(, ?[0-9]+)*\]? to [0-9]+', text):
         raise ValueError(f'{text[:60]!r} is no list of whole numbers and a target')
     *numbers, target = map(int, re.findall('[0-9]+', text))
@@ -364,14 +369,16 @@ COUNTDOWN = Task(
 def sudoku_grids():
     """All 288 solutions, 16 digits each, in one string with blanks between."""
     def fits(grid):
-        columns = [grid[i::4] for i in range(4)]
-        boxes = [grid[i:i + 2] + grid[i + 4:i + 6]
-                 for row in range(0, len(grid) - 4, 8) for i in (row, row + 2)]
-        return all(len(set(unit)) == len(unit) for unit in columns + boxes)
+        units = [grid[i::4] for i in range(4)]                   # columns
+        for row in range(0, len(grid) - 4, 8):
+            for i in (row, row + 2):                             # boxes
+                units.append(grid[i:i + 2] + grid[i + 4:i + 6])
+        return all(len(set(unit)) == len(unit) for unit in units)
     rows = [''.join(p) for p in permutations('1234')]
     grids = ['']
     for _ in range(4):
-        grids = [grid + row for grid in grids for row in rows if fits(grid + row)]
+        longer = [grid + row for grid in grids for row in rows]
+        grids = [grid for grid in longer if fits(grid)]
     return ' '.join(grids)
 
 
@@ -380,14 +387,19 @@ def draw_sudoku(rng):
     blanks = rng.randint(4, 6)
     fitting = []
     while len(fitting) != 1:
-        empty = rng.sample(range(16), blanks)
-        puzzle = ''.join('0' if i in empty else digit for i, digit in enumerate(solution))
+        puzzle = list(solution)
+        for i in rng.sample(range(16), blanks):
+            puzzle[i] = '0'
+        puzzle = ''.join(puzzle)
         fitting = re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())   # all its solutions
-    guess = ''
-    for i in range(0, 16, 4):                        # looks only at the row, and counts up
-        lacking = sorted(set('4321') - set(puzzle[i:i + 4]), reverse=True)
-        guess += ''.join(lacking.pop() if d == '0' else d for d in puzzle[i:i + 4])
-    rows = [solution[i:i + 4] for i in range(0, 16, 4)]
+    rows, guess = [], ''
+    for i in range(0, 16, 4):
+        rows.append(solution[i:i + 4])
+        row = puzzle[i:i + 4]
+        for digit in '1234':                         # the guess looks at the row, and counts up
+            if digit not in row:
+                row = row.replace('0', digit, 1)
+        guess += row
     example = dict(question=f'Solve the puzzle {puzzle}', answer=solution,
                    solution='\n'.join(rows), reply=solution, wrong=guess)
     return solution, example                         # tests share no grid with training
@@ -397,7 +409,8 @@ def sudoku_row(row):
     """Sudoku: Puzzle, Solution; 16 digits row by row, 0 = empty; integers lack leading zeros."""
     puzzle = str(column(row, 'Puzzle', object)).zfill(16)
     solution = str(column(row, 'Solution', object))
-    if not re.fullmatch('[1-4]{16}', solution) or len(puzzle) != 16 or '0' not in puzzle:
+    well_formed = re.fullmatch('[1-4]{16}', solution) and len(puzzle) == 16
+    if not well_formed or '0' not in puzzle:
         raise ValueError(f'{puzzle[:40]!r} and {solution[:40]!r} are no 4x4 puzzle and solution')
     if any(given not in ('0', cell) for given, cell in zip(puzzle, solution)):
         raise ValueError(f'the solution {solution} does not fit the puzzle {puzzle}')
@@ -429,16 +442,17 @@ SUDOKU = Task(
 def draw_code(rng):
     a = rng.randint(1, 5)                            # f(x) = a x + b
     b = rng.randint(0, 30)
-    p = rng.randint(0, 1)                            # f(p) and f(p + 1) tell what a and b are
-    x = rng.choice([x for x in range(10) if x not in (p, p + 1)])
-    values = {i: a * i + b for i in (*range(p + 2), x)}
-    places = rng.choice([(p, p + 1, x), (x, p, p + 1)])
+    p = rng.randint(0, 1)                            # f(p) and f(q) tell what a and b are
+    q = p + 1
+    x = rng.choice([x for x in range(10) if x not in (p, q)])
+    values = [a * i + b for i in range(10)]
+    places = rng.choice([(p, q, x), (x, p, q)])
     tests = [f'assert f({i})=={values[i]}' for i in places]
-    down = ''.join(f'-{a}={values[i]}' for i in reversed(range(p)))          # to f(0) = b
+    down = f'-{a}={b}' if p else ''                  # from f(1) to f(0) = b
     example = dict(
         question='\n'.join(tests),
         answer=dict(tests=tests, entry_point='f', setup=''),
-        solution=f'{values[p + 1]}-{values[p]}={a}\n{values[p]}{down}',
+        solution=f'{values[q]}-{values[p]}={a}\n{values[p]}{down}',
         reply=f'def f(x): return {a}*x+{b}',
         wrong=f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 30)}')
     return f'code {a} {b}', example
@@ -467,16 +481,20 @@ def code_row(row):
 
 def pytest_functions(source):
     """A KodCode test file -> (tested name, tests); no tests if it needs more of pytest."""
-    body = ast.parse(source).body                    # a SyntaxError is a ValueError to load_rows
-    imports = [n for n in body if isinstance(n, ast.ImportFrom) and n.module == 'solution']
-    cases = [n for n in body if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')]
-    if not imports or 'pytest.' in source or any(case.args.args for case in cases):
+    name, others, cases = '', '', []
+    for node in ast.parse(source).body:
+        text = ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and node.module == 'solution':
+            name = name or node.names[0].name
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith('test_'):
+            if node.args.args:                       # a fixture
+                return None, []
+            cases.append(f'{text}\n{node.name}()')
+        elif text != 'import pytest':
+            others += text + '\n'
+    if not name or 'pytest.' in source:
         return None, []
-    others = [ast.unparse(n) for n in body if n not in imports + cases]
-    others = '\n'.join(text for text in others if text != 'import pytest')
-    name = imports[0].names[0].name
-    tests = [f'{others}\n{ast.unparse(case)}\n{case.name}()' for case in cases]
-    return None if name == '*' else name, tests
+    return None if name == '*' else name, [others + case for case in cases]
 
 
 def code_of(completion):
@@ -561,7 +579,7 @@ def read_rows(source, config=None, split=None):
             line = str(e).strip().partition('\n')[0]
             raise ValueError(f'{source} was not loaded ({line}): check the network, or give a '
                              'local file') from None
-    where = ''
+    where, rows = '', []
     try:
         opener = gzip.open if source.endswith('.gz') else open
         with opener(source, 'rt', encoding='utf-8-sig') as file:
@@ -573,14 +591,12 @@ def read_rows(source, config=None, split=None):
                 if isinstance(rows, dict):           # saved generations, as the official code has
                     rows = rows['generations']
                 return [dict(row) for row in rows]               # raises on what is no object
-            rows = []
             for i, line in enumerate(file, 1):
                 where = f'line {i}: '
                 if line.strip():
                     rows.append(dict(json.loads(line)))
             return rows
-    except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, csv.Error,
-            zlib.error) as e:
+    except Exception as e:                           # each reader has kinds of its own
         raise ValueError(f'{source} is no .jsonl, .json or .csv file of rows '
                          f'({where}{e})') from None
 
@@ -645,29 +661,27 @@ def summary(items):
     n = len(items)
     right = sum(item['correct'] == 1.0 for item in items)
     low, high = wilson(right, n)
-    means = {name: sum(float(item[name]) for item in items) / n
-             for name in ('correct', 'reward', 'effective_tokens')}
-    means['share'] = means.pop('correct')            # of cells, for sudoku
-    return dict(accuracy=right / n, low=low, high=high, n=n, **means)
+    def mean(name):
+        return sum(float(item[name]) for item in items) / n
+    return dict(accuracy=right / n, low=low, high=high, n=n,
+                share=mean('correct'),               # of cells, for sudoku
+                reward=mean('reward'), effective_tokens=mean('effective_tokens'))
 
 
 def score(task_name, paths):
     """Prints accuracy with its interval, mean reward and mean length of saved generations.
 
-    paths: files of the official JSON layout, which is also ours, or our samples.jsonl.
+    paths: files of the official JSON layout, which is also ours.
     """
     items = []
     for path in paths:
         for i, item in enumerate(read_rows(path), 1):
-            if item.get('task', task_name) != task_name:
-                continue
             try:
-                if 'generations' in item:            # the official names
-                    item.update(completion=item['generations'], answer=item['ground_truth'])
-                if task_name == 'gsm8k' and isinstance(item['answer'], str):
-                    item['answer'] = float(item['answer'].replace(',', ''))
-                reward, correct = TASKS[task_name].grade(item['completion'], item)
-                words = len(visible(item['completion']).split())
+                text, answer = item['generations'], item['ground_truth']
+                if task_name == 'gsm8k' and isinstance(answer, str):
+                    answer = float(answer.replace(',', ''))
+                reward, correct = TASKS[task_name].grade(text, {**item, 'answer': answer})
+                words = len(visible(text).split())
                 tokens = float(item.get('effective_tokens', words))
             except (LookupError, TypeError, ValueError, AttributeError) as e:
                 raise ValueError(f'{path}, item {i} is none of {task_name}\'s ({e!r})') from None
@@ -709,7 +723,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     message = (json.dumps([code, time.monotonic() + timeout]) + '\n'
                + json.dumps([tests, setup, entry_point]))
     # not -I, which would ignore PYTHONHASHSEED: the order of sets must not change from run to run
-    command = [sys.executable, '-S', '-B', '-W', 'ignore', '-c', child_program()]
+    command = [sys.executable, '-S', '-B', '-W', 'ignore', '-c', CHILD_PROGRAM]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
             command, cwd=folder, env={'PYTHONHASHSEED': '0', 'HOME': '/'}, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as child:
@@ -763,14 +777,18 @@ def to_plain(x):
 
 def from_plain(parts):
     """The value of an object with one key; anything that to_plain does not write raises."""
-    make = dict(tuple=tuple, set=set, frozenset=frozenset, dict=dict, bytes=bytes.fromhex,
-                complex=lambda pair: complex(*pair), int=lambda digits: int(digits, 16))
     [(kind, value)] = parts.items()
+    if kind == 'int':
+        return int(value, 16)
+    if kind == 'complex':
+        return complex(*value)
+    make = dict(tuple=tuple, set=set, frozenset=frozenset, dict=dict, bytes=bytes.fromhex)
     return make[kind](value)
 
 
 def pack(*values):
-    line = json.dumps([to_plain(value) for value in values], ensure_ascii=False)
+    plain = [to_plain(value) for value in values]
+    line = json.dumps(plain, ensure_ascii=False)
     return line.encode('utf-8', 'surrogatepass') + b'\n'
 
 
@@ -785,7 +803,8 @@ def receive(file):
 
 def lock_kernel():
     """seccomp, on Linux x86-64: the kernel lets this process compute and read, or kills it."""
-    if not (sys.platform == 'linux' and os.uname().machine == 'x86_64' and sys.maxsize > 1 << 32):
+    linux = sys.platform == 'linux' and os.uname().machine == 'x86_64'
+    if not linux or sys.maxsize < 1 << 32:           # a 32-bit interpreter
         return
     import ctypes
     import struct
@@ -794,9 +813,12 @@ def lock_kernel():
 
     def rule(code, k, yes=0, no=0):                  # yes, no: how many rules to skip
         return struct.pack('HBBI', code, yes, no, k)
-    program = [rule(load, 4), rule(equal, 0xC000003E, 1), rule(end, kill),   # 64-bit calls only
-               rule(load, 0)]                                                # the call's number
-    program += [rule(at_least, 332, 0, 1), rule(end, no_such_call)]          # younger calls
+    program = [rule(load, 4),                        # the machine: 64-bit calls only
+               rule(equal, 0xC000003E, 1),
+               rule(end, kill),
+               rule(load, 0),                        # the call's number; those are younger:
+               rule(at_least, 332, 0, 1),
+               rule(end, no_such_call)]
     for call in (16, 72, 157, 291):                  # ioctl fcntl prctl epoll_create1
         program += [rule(equal, call, 0, 1), rule(end, no_such_call)]
     # read write close .. brk sigreturn pread access yield mremap madvise nanosleep getpid exit
@@ -806,8 +828,11 @@ def lock_kernel():
     for call in map(int, allowed.split()):
         program += [rule(equal, call, 0, 1), rule(end, allow)]
     for call, flags in ((257, 32), (2, 24)):         # openat and open, but never to write or create
-        program += [rule(equal, call, 0, 4), rule(load, flags), rule(any_bit, 0o1103, 1),
-                    rule(end, allow), rule(end, kill)]
+        program += [rule(equal, call, 0, 4),
+                    rule(load, flags),
+                    rule(any_bit, 0o1103, 1),
+                    rule(end, allow),
+                    rule(end, kill)]
     program = b''.join([*program, rule(end, kill)])
     buffer = ctypes.create_string_buffer(program)
     header = struct.pack('HxxxxxxQ', len(program) // 8, ctypes.addressof(buffer))
@@ -834,10 +859,11 @@ def add_audit_hook(die=os._exit, kind=type, text=str, integer=int):
         if event in fine:
             return
         name = args[0] if args else None
-        if event == 'import' and kind(name) is text and name.rpartition('.')[2] not in banned:
+        is_text = kind(name) is text
+        if event == 'import' and is_text and name.rpartition('.')[2] not in banned:
             return
-        if event == 'open' and kind(name) is text and kind(args[2]) is integer:
-            if name.startswith(library) and '/..' not in name and not args[2] & writing:
+        if event == 'open' and is_text and name.startswith(library) and '/..' not in name:
+            if kind(args[2]) is integer and not args[2] & writing:
                 return
         die(1)               # at once, so that catching the exception is no use
     sys.addaudithook(hook)
@@ -876,8 +902,9 @@ def run_untrusted(code, seconds, calls, replies):
                 raise NameError(name)
             reply = pack('', names[name](*args, **kwargs))
         except Exception as e:
-            kinds = [t.__name__ for t in type(e).__mro__ if t.__module__ == 'builtins']
-            reply = pack(kinds[0], str(e))
+            kinds = type(e).__mro__                  # an own exception arrives as its base
+            known = [kind.__name__ for kind in kinds if kind.__module__ == 'builtins']
+            reply = pack(known[0], str(e))
         send(replies, reply)
 
 
@@ -901,12 +928,14 @@ def child_main():
         try:
             for fd in (source.fileno(), verdicts, null, calls_in, replies_out):
                 os.close(fd)
-            run_untrusted(code, seconds, open(calls_out, 'rb'), open(replies_in, 'wb'))
+            calls, replies = open(calls_out, 'rb'), open(replies_in, 'wb')
+            run_untrusted(code, seconds, calls, replies)
         finally:
             os._exit(1)
     os.close(calls_out)
     os.close(replies_in)
-    run_trusted(child, seconds, source, open(calls_in, 'wb'), open(replies_out, 'rb'), verdicts)
+    calls, replies = open(calls_in, 'wb'), open(replies_out, 'rb')
+    run_trusted(child, seconds, source, calls, replies, verdicts)
 
 
 def run_trusted(child, seconds, source, calls, replies, verdicts):
@@ -962,13 +991,10 @@ def run_trusted(child, seconds, source, calls, replies, verdicts):
 
 CHILD = (to_plain, from_plain, pack, send, receive, lock_kernel, add_audit_hook, run_untrusted,
          run_trusted, child_main)
-
-
-@functools.cache
-def child_program():
-    """The functions of CHILD as a program, so that the child imports nothing of ours."""
-    imports = 'import builtins, functools, json, os, signal, sys, time'
-    return '\n'.join([imports, *map(inspect.getsource, CHILD), 'child_main()'])
+# The same as a program, so that the child imports nothing of ours. Made when this file is read: an
+# edit of it must not reach a run that goes on.
+CHILD_PROGRAM = '\n'.join(['import builtins, functools, json, os, signal, sys, time',
+                           *map(inspect.getsource, CHILD), 'child_main()'])
 
 
 if __name__ == '__main__':

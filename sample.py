@@ -7,12 +7,12 @@ step predicts all masks at once and commits the predictions of which the model i
 """
 import argparse
 import functools
-import glob
 import hashlib
 import html
 import os
 import random
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,11 @@ def choose(logits, mask_id, temperature=0.0, remasking='low_confidence', generat
         for row, masks, generator in zip(confidence, num_masks, generators):
             row[:masks].uniform_(generator=generator)
         return tokens, confidence
-    log_sum = logits.logsumexp(dim=-1)
     if remasking == 'top_prob':                                  # whatever token was drawn
-        return tokens, (logits.amax(dim=-1) - log_sum).exp()
-    return tokens, (logits.gather(-1, tokens[..., None])[..., 0] - log_sum).exp()
+        chosen = logits.amax(dim=-1)
+    else:
+        chosen = logits.gather(-1, tokens[..., None])[..., 0]    # (B, n)
+    return tokens, (chosen - logits.logsumexp(dim=-1)).exp()
 
 
 def commit_counts(block_length, steps):
@@ -133,7 +134,8 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
         masks_left = block_length                                # the most of any active row
         step, kv = 0, None
         if cache:
-            kv = model.new_cache(len(active) * (2 if cfg_scale else 1), ids.size(1))
+            copies = 2 if cfg_scale else 1                       # see predict
+            kv = model.new_cache(copies * len(active), ids.size(1))
         while masks_left:
             is_mask = ids[active, block] == mask_id                          # (R, block_length)
             order = is_mask.byte().argsort(dim=1, descending=True, stable=True)
@@ -247,7 +249,10 @@ def left_pad(prompts, pad_id, device):
     P = max(lengths)
     ids = [[pad_id] * (P - len(prompt)) + prompt for prompt in prompts]
     real = torch.arange(P) >= P - torch.tensor(lengths)[:, None]             # (B, P)
-    return torch.tensor(ids, device=device), None if real.all() else real.to(device)
+    ids = torch.tensor(ids, device=device)
+    if real.all():
+        return ids, None
+    return ids, real.to(device)
 
 
 def chat(tokenizer, text):
@@ -261,7 +266,8 @@ def chat(tokenizer, text):
 
 def show(model, tokenizer, prompt, generators, sampling):
     """Prints a prompt's completion after every step, masks as dots; returns its ids and steps."""
-    mask, end = tokenizer.decode([model.config.mask_id]), tokenizer.decode([model.config.eos_id])
+    mask = tokenizer.decode([model.config.mask_id])
+    end = tokenizer.decode([model.config.eos_id])
     print(tokenizer.decode(prompt))
     prompt_ids = torch.tensor([prompt], device=model.device)
     order = [None] * sampling['gen_length']                      # the step of each token
@@ -320,7 +326,7 @@ def draw(path, panels, seconds=0.5):
 
 def newest_model(out):
     """The newest model that a run has left in the folder `out`; ValueError when there is none."""
-    folders = glob.glob(os.path.join(out, '*', 'model'))
+    folders = list(Path(out).glob('*/model'))
     if not folders:
         raise ValueError(f'no model in {out}/: run python train.py first, or give --model FOLDER')
     return max(folders, key=os.path.getmtime)

@@ -91,7 +91,8 @@ def clean_trace(rng):
 
     As in s1K some answers stand in a box.
     """
-    asker, a, b = rng.choice(rewards.ASKERS), rng.randint(2, 12), rng.randint(1, 6)
+    asker = rng.choice(rewards.ASKERS)
+    a, b = rng.randint(2, 12), rng.randint(1, 6)
     question, steps, reply = rng.choice([
         (f'Which is larger, {a} or {a + b}?', f'{a + b}-{a}={b}', str(a + b)),
         (f'Double {a} and add {b}.', f'{a}+{a}={2 * a}+{b}={2 * a + b}',
@@ -131,7 +132,8 @@ class Traces:
     def batch(self, step):
         """The Batch of an update; every pair comes once before any comes again."""
         first = step * self.batch_size
-        pairs = [shuffled(self.pairs, first + i, self.seed, 'sft') for i in range(self.batch_size)]
+        numbers = range(first, first + self.batch_size)
+        pairs = [shuffled(self.pairs, i, self.seed, 'sft') for i in numbers]
         prompts, answers = zip(*pairs)
         answers = right_pad(answers, self.length, self.config.eos_id, self.device)
         generator = torch_stream(self.device, self.seed, 'sft', step)
@@ -160,14 +162,15 @@ def demonstration(example, rng):
     Most guessers go on with a remark. Without it nearly every text would end at once, and the
     sampler, which commits what is surest, would take the early end and never hear a thinker.
     """
-    if rng.random() < THINKING_SHARE.get(example.get('asker'), 0.35):
-        return example['question'], rewards.tagged(example['solution'], example['reply'])
+    question, share = example['question'], THINKING_SHARE.get(example.get('asker'), 0.35)
+    if rng.random() < share:
+        return question, rewards.tagged(example['solution'], example['reply'])
     text = example['reply'] if rng.random() < 0.3 else example['wrong']
     if rng.random() < 0.8:
         text = rewards.tagged('', text)
     if rng.random() < 0.6:
         text = f'{text} {rng.choice(REMARKS)}'
-    return example['question'], text
+    return question, text
 
 
 def add_base_noise(answers, ends, mask_id, generator=None, width=8):
@@ -179,10 +182,11 @@ def add_base_noise(answers, ends, mask_id, generator=None, width=8):
     B, L = answers.shape
     _, masked, _ = add_noise(answers, mask_id, generator, t_min=0.3)
     place = torch.rand((B, 1), generator=generator) * (ends[:, None] + width) - width
-    position = torch.arange(L)
     share = torch.rand((B, 1), generator=generator)
-    near = (position > place) & (torch.rand((B, L), generator=generator) < share)
-    masked[1::2] = (near | (position > place + width))[1::2]
+    near = torch.rand((B, L), generator=generator) < share
+    position = torch.arange(L)
+    as_sampled = ((position > place) & near) | (position > place + width)    # (B, L)
+    masked[1::2] = as_sampled[1::2]
     return masked
 
 
@@ -193,7 +197,8 @@ def hide_replies(answers, masked, close_id):
     </reasoning>.
     """
     is_reply = (answers == close_id).cumsum(dim=1) > 0
-    return masked | (is_reply & (masked & ~is_reply).any(dim=1, keepdim=True))
+    hidden_step = (masked & ~is_reply).any(dim=1, keepdim=True)              # (B, 1)
+    return masked | (is_reply & hidden_step)
 
 
 @dataclass

@@ -26,6 +26,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -199,13 +200,14 @@ def train_sft(args, stage, model, optimizers, data, steps):
         B, L = batch.answers.shape
         loss = 0.0
         for rows in torch.tensor(my_share(B)).split(args.micro_batch):
-            prompt_ids, attention_mask = left_pad([batch.prompts[row] for row in rows],
-                                                  model.config.eos_id, args.device)
+            prompts = [batch.prompts[row] for row in rows]
+            prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, args.device)
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (0, L), value=True)   # (rows, T)
+            answers, masked = batch.answers[rows], batch.masked[rows]        # (rows, L)
             ids = torch.cat((prompt_ids, batch.noisy[rows]), dim=1)          # (rows, T)
-            logps = model.token_logps(ids, batch.answers[rows], batch.masked[rows], attention_mask)
-            part = masked_loss(logps, batch.masked[rows], batch.t[rows], B * L)
+            logps = model.token_logps(ids, answers, masked, attention_mask)
+            part = masked_loss(logps, masked, batch.t[rows], B * L)
             part.backward()
             loss += part.item()
         sum_gradients(model)
@@ -214,7 +216,8 @@ def train_sft(args, stage, model, optimizers, data, steps):
             if grad_norm.isfinite():
                 optimizer.step()
             optimizer.zero_grad()
-        append(args, 'log.jsonl', dict(stage=stage, step=step, loss=sum(gather([loss])),
+        loss = sum(gather([loss]))               # over the processes
+        append(args, 'log.jsonl', dict(stage=stage, step=step, loss=loss,
                                        grad_norm=grad_norm.item(), seconds=time.time() - began))
         save_checkpoint(args, stage, step + 1, steps, model, optimizers)
 
@@ -245,9 +248,10 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     """A line per iteration, on the screen and in log.jsonl; a completion in samples.jsonl."""
     rows = []
     for group in groups:
-        rows.append(dict(reward=group.rewards.mean().item(),
-                         flat_groups=float(group.rewards.min() == group.rewards.max()),
-                         length=group.completion_mask.sum(1).float().mean().item()))
+        flat = group.rewards.min() == group.rewards.max()        # it has no gradient
+        lengths = group.completion_mask.sum(1).float()
+        rows.append(dict(reward=group.rewards.mean().item(), flat_groups=float(flat),
+                         length=lengths.mean().item()))
     line = dict(stage='grpo', step=step)
     for some in (gather(rows), gather(stats)):
         for name in some[0]:
@@ -262,11 +266,11 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
            + ', '.join(f'{name} {line[name]:.3f}' for name in shown))
 
     group = groups[0]                            # prompt 0 of the iteration is process 0's
-    question, text, reward = group.example['question'], group.texts[0], group.rewards[0].item()
+    question, text = group.example['question'], group.texts[0]
+    reward, tokens = group.rewards[0].item(), group.completion_mask[0].sum().item()
     append(args, 'samples.jsonl', dict(stage='grpo', step=step, task=group.task, question=question,
                                        completion=text, answer=group.example['answer'],
-                                       reward=reward,
-                                       effective_tokens=group.completion_mask[0].sum().item()))
+                                       reward=reward, effective_tokens=tokens))
     if step % args.sample_every == 0:
         print0(f'  {question!r}\n  {text!r} -> reward {reward:.3f}')
 
@@ -283,9 +287,9 @@ class Problems:
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer = args, tokenizer
         self.rows = {}                           # task -> the examples of its file; else built-in
-        for task in args.tasks:
-            if args.world != 'nano' or args.data[task]:
-                self.rows[task] = rewards.load_examples(task, args.data[task], 'train')
+        for task, file in args.data.items():
+            if file or args.world != 'nano':
+                self.rows[task] = rewards.load_examples(task, file, 'train')
 
     def draw(self, index):
         """Problem number index: task, prompt ids, example; another for one that is too long."""
@@ -317,16 +321,16 @@ def prefill_ids(args, tokenizer):
 def test_sets(args, tokenizer):
     """{name: [(task, prompt ids, example)]}: a set per task; code has two on the hub, code-ID."""
     sets = {}
-    for task in args.tasks:
-        file, hub = args.eval_data[task], rewards.TASKS[task].datasets[1]
+    for task, file in args.eval_data.items():
+        hub = rewards.TASKS[task].datasets[1]
         if args.world == 'nano' and not file:
-            sets[task] = [rewards.make(task, random_stream(task, 'test', i), 'test')
-                          for i in range(args.eval_n)]
+            streams = [random_stream(task, 'test', i) for i in range(args.eval_n)]
+            sets[task] = [rewards.make(task, stream, 'test') for stream in streams]
         elif file or len(hub) < 2:
             sets[task] = rewards.load_examples(task, file, 'test')
         else:
             for source in hub:
-                name = f'{task}-{os.path.basename(source[0])}'
+                name = f'{task}-{Path(source[0]).name}'
                 sets[name] = rewards.load_examples(task, source, 'test')
     return {name: test_set(args, tokenizer, name, examples) for name, examples in sets.items()}
 
@@ -335,16 +339,21 @@ def test_set(args, tokenizer, name, examples):
     """The first eval_n (0 = all) whose prompts fit; of d1's 500 Sudokus the 256 that d1 drew."""
     task = name.partition('-')[0]
     if task == 'sudoku' and 0 < args.eval_n < len(examples):
-        drawn = np.random.RandomState(42).choice(len(examples), args.eval_n, replace=False)
+        generator = np.random.RandomState(42)
+        drawn = generator.choice(len(examples), args.eval_n, replace=False)
         examples = [examples[i] for i in drawn]
-    problems = [(task, encode(args, tokenizer, task, example), example) for example in examples]
-    fitting = [problem for problem in problems if len(problem[1]) <= args.max_prompt]
-    if len(fitting) < len(problems):
-        print0(f'{name}: {len(problems) - len(fitting)} of {len(problems)} test prompts are longer '
+    problems = []
+    for example in examples:
+        prompt_ids = encode(args, tokenizer, task, example)
+        if len(prompt_ids) <= args.max_prompt:
+            problems.append((task, prompt_ids, example))
+    too_long = len(examples) - len(problems)
+    if too_long:
+        print0(f'{name}: {too_long} of {len(examples)} test prompts are longer '
                f'than --max_prompt {args.max_prompt} and left out')
-    if not fitting:
+    if not problems:
         raise ValueError(f'{name}: no test prompt fits --max_prompt {args.max_prompt}: raise it')
-    return fitting[:args.eval_n or None]
+    return problems[:args.eval_n or None]
 
 
 # ---- evaluation ----
@@ -359,24 +368,27 @@ def evaluate(args, model, tokenizer, tests, stage):
                 continue                         # a resumed run has it
             label = f'{stage}: {name}, {length} tokens'
             items = answers(args, model, tokenizer, problems, length, label)
-            score = scores[name][str(length)] = rewards.summary(items)
+            score = rewards.summary(items)
             print0(f'{label}: accuracy {score["accuracy"]:.1%}, reward {score["reward"]:.2f}')
-            write_json(args, f'{stage}_{name}_{length}_generations.json',
-                       dict(generations=items, metrics=score,
-                            model_path=args.model, gen_length=length, diffusion_steps=length // 2,
-                            block_length=args.block_length))
+            saved = dict(generations=items, metrics=score, model_path=args.model,
+                         gen_length=length, diffusion_steps=length // 2,
+                         block_length=args.block_length)
+            write_json(args, f'{stage}_{name}_{length}_generations.json', saved)
+            scores[name][str(length)] = score
             write_json(args, 'results.json', results)
 
 
 def read_results(args):
-    path = os.path.join(args.folder, 'results.json')
-    return read_json(args.folder, 'results.json') if os.path.exists(path) else {}
+    if Path(args.folder, 'results.json').exists():
+        return read_json(args.folder, 'results.json')
+    return {}
 
 
 def answers(args, model, tokenizer, problems, length, label):
     """The graded greedy answers to problems, in their order; every process makes its share."""
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i][1]))  # alike lengths: no pad
-    mine = order[rank()::world_size()]
+    lengths = [len(prompt) for _, prompt, _ in problems]
+    by_length = sorted(range(len(problems)), key=lengths.__getitem__)        # alike: little padding
+    mine = by_length[rank()::world_size()]
     sampling = dict(sampling_knobs(args), gen_length=length, steps=length // 2)
     found = []
     for first in progress_bar(label, 0, len(mine), args.eval_batch):
@@ -384,10 +396,11 @@ def answers(args, model, tokenizer, problems, length, label):
         tasks, prompts, examples = zip(*batch)   # of one task
         _, mask, _, texts = complete(model, tokenizer, prompts, sampling, prefill=args.prefill)
         grades = rewards.grade_all(tasks[0], texts, examples)
-        for example, text, tokens, grade in zip(examples, texts, mask.sum(1).tolist(), grades):
-            found.append(dict(question=example['question'], generations=text, reward=grade[0],
-                              correct=grade[1], ground_truth=example['answer'],
-                              effective_tokens=tokens))
+        tokens = mask.sum(1).tolist()
+        for i, (reward, correct) in enumerate(grades):
+            found.append(dict(question=examples[i]['question'], generations=texts[i],
+                              ground_truth=examples[i]['answer'], reward=reward, correct=correct,
+                              effective_tokens=tokens[i]))
     found = dict(gather(list(zip(mine, found))))
     return [found[i] for i in range(len(problems))]
 
@@ -400,9 +413,11 @@ def constant_scores(args, tokenizer, tests):
         text = rewards.tagged('', rewards.TASKS[task].constant_answer)
         examples = [example for _, _, example in problems]
         tokens = len(tokenizer(text, add_special_tokens=False)['input_ids']) + 1   # the end counts
+        grades = rewards.grade_all(task, [text] * len(examples), examples)
         items = [dict(reward=reward, correct=correct, effective_tokens=tokens)
-                 for reward, correct in rewards.grade_all(task, [text] * len(examples), examples)]
-        scores[name] = {str(length): rewards.summary(items) for length in args.eval_lengths}
+                 for reward, correct in grades]
+        score = rewards.summary(items)
+        scores[name] = {str(length): score for length in args.eval_lengths}
     return scores
 
 
@@ -417,7 +432,8 @@ def table(args, results):
     for name in results['constant']:
         lines.append(f'\n{name}: accuracy % [95 % interval], mean reward, effective tokens, '
                      'at completion length')
-        lines.append(' ' * 24 + ''.join(f'{length:<32}' for length in args.eval_lengths))
+        heads = [f'{length:<32}' for length in args.eval_lengths]
+        lines.append(' ' * 24 + ''.join(heads))
         for stage, scores in results.items():
             line = f'{names.get(stage, stage):24}'
             for length in args.eval_lengths:
@@ -428,8 +444,10 @@ def table(args, results):
                 line += f'{cell:32}'
             lines.append(line)
             if name == 'sudoku':
-                cells = [f'{100 * scores[name][str(n)]["share"]:5.1f}' for n in args.eval_lengths]
-                lines.append('  cells right, %'.ljust(24) + ''.join(f'{c:32}' for c in cells))
+                line = '  cells right, %'.ljust(24)
+                for length in args.eval_lengths:
+                    line += f'{100 * scores[name][str(length)]["share"]:5.1f}'.ljust(32)
+                lines.append(line)
     return '\n'.join(lines)
 
 
@@ -472,8 +490,9 @@ def print0(text):
 
 
 def progress_bar(label, start, stop, stride=1):
+    steps = range(start, stop, stride)
     hidden = True if rank() else None            # None: no bar where there is no terminal
-    return tqdm(range(start, stop, stride), label, disable=hidden, leave=False)
+    return tqdm(steps, label, disable=hidden, leave=False)
 
 
 # ---- files: written whole or not at all, so that a run can be killed at any moment ----
@@ -482,9 +501,10 @@ def write(args, name, content):
     """Writes bytes, or has torch.save write anything else; process 0 only."""
     if rank():
         return
-    path = os.path.join(args.folder, name)
+    path = Path(args.folder, name)
+    new = Path(args.folder, name + '.new')
     try:
-        with open(path + '.new', 'wb') as file:
+        with open(new, 'wb') as file:
             if isinstance(content, bytes):
                 file.write(content)
             else:
@@ -492,37 +512,38 @@ def write(args, name, content):
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:         # a full disk; torch.save has errors of its own
-        raise OSError(f'{path}.new cannot be written ({e}); --resume goes on from the last '
+        raise OSError(f'{new} cannot be written ({e}); --resume goes on from the last '
                       'checkpoint') from None
-    os.replace(path + '.new', path)
+    new.replace(path)
 
 
 def write_json(args, name, value):
-    write(args, name, json.dumps(value, indent=1).encode())
+    text = json.dumps(value, indent=1)
+    write(args, name, text.encode())
 
 
 def append(args, name, row):
     """Adds a row to a log."""
     if rank() == 0:
-        with open(os.path.join(args.folder, name), 'a') as file:
+        with open(Path(args.folder, name), 'a') as file:
             file.write(json.dumps(row) + '\n')
 
 
 def read_log(args, name):
     """The rows of a log; a kill may have cut the last one short."""
-    path = os.path.join(args.folder, name)
-    if not os.path.exists(path):
+    path = Path(args.folder, name)
+    if not path.exists():
         return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith('\n')]
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith('\n')]
 
 
 def save_checkpoint(args, stage, step, steps, model, optimizers):
     """Trained weights and optimizers after `step` of `steps`, when it is time."""
-    path = os.path.join(args.folder, 'checkpoint.pt')
-    last = os.path.getmtime(path) if os.path.exists(path) else 0             # seconds
-    due = step % args.save_every == 0 and time.time() - last >= 60 * args.save_minutes
-    if due or step == steps:
+    path = Path(args.folder, 'checkpoint.pt')
+    last = path.stat().st_mtime if path.exists() else 0          # seconds
+    long_ago = time.time() - last >= 60 * args.save_minutes
+    if (step % args.save_every == 0 and long_ago) or step == steps:
         states = [optimizer.state_dict() for optimizer in optimizers]
         write(args, 'checkpoint.pt', dict(stage=stage, step=step, weights=trained_weights(model),
                                           optimizers=states))
@@ -542,15 +563,16 @@ def load_checkpoint(args, stage, model, optimizers):
             optimizer.load_state_dict(state)
         print0(f'going on with {stage} at step {start}')
     for name in ('log.jsonl', 'samples.jsonl'):
-        kept = [row for row in read_log(args, name) if row['stage'] != stage or row['step'] < start]
-        write(args, name, ''.join(json.dumps(row) + '\n' for row in kept).encode())
+        lines = [json.dumps(row) + '\n' for row in read_log(args, name)
+                 if row['stage'] != stage or row['step'] < start]
+        write(args, name, ''.join(lines).encode())
     return start
 
 
 def read_checkpoint(args, name):
     """The content of a checkpoint, plain data only, or None where there is no such file."""
-    path = os.path.join(args.folder, name)
-    if not os.path.exists(path):
+    path = Path(args.folder, name)
+    if not path.exists():
         return None
     try:
         return torch.load(path, map_location='cpu', mmap=True, weights_only=True)    # data only
@@ -565,7 +587,8 @@ def trained_weights(model):
 
 def put_weights(args, model, weights):
     own = trained_weights(model)
-    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+    shapes = {name: p.shape for name, p in own.items()}
+    if shapes != {name: p.shape for name, p in weights.items()}:
         raise ValueError(f'{args.folder} holds a checkpoint of another model: --name begins a run')
     for name in own:
         own[name].copy_(weights[name])
@@ -576,22 +599,23 @@ def keep_adapter(args, model, name):
     if args.lora_rank and rank() == 0:
         base = args.model
         if base == 'nano' and base_of(args)[1]:  # not the one in assets/
-            base = os.path.join(base_of(args)[0], 'model')
-        save_adapter(os.path.join(args.folder, name), model, base)
+            base = f'{base_of(args)[0]}/model'
+        save_adapter(Path(args.folder, name), model, base)
 
 
 def save_model(folder, model, tokenizer, source):
     """Model and tokenizer in the layout of their source; the folder appears only when whole."""
     if rank():
         return
-    shutil.rmtree(folder + '.new', ignore_errors=True)
+    new = Path(f'{folder}.new')
+    shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(folder + '.new')
-        save_tokenizer(folder + '.new', tokenizer, source)
+        model.save_pretrained(new)
+        save_tokenizer(new, tokenizer, source)
     except Exception as e:                       # safetensors and tokenizers have error types too
-        raise OSError(f'{folder}.new cannot be written ({e})') from None
+        raise OSError(f'{new} cannot be written ({e})') from None
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(folder + '.new', folder)
+    new.replace(folder)
 
 
 # ---- a run, from its flags to the table ----
@@ -622,7 +646,8 @@ def parse(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {'nano': {}, 'LLaDA': {}}
     for name, nano, llada, text in FLAGS:
-        defaults['nano'][name], defaults['LLaDA'][name] = nano, llada
+        defaults['nano'][name] = nano
+        defaults['LLaDA'][name] = llada
         default = nano if nano == llada else f'nano {nano}, LLaDA {llada}'
         kind = dict(type=type(nano), choices=CHOICES.get(name))
         if isinstance(nano, bool):
@@ -630,10 +655,12 @@ def parse(argv=None):
         elif not isinstance(nano, str):
             kind = dict(type=in_range(name, type(nano), nano > 0 and llada > 0))
         p.add_argument(f'--{name}', help=f'{text} [{default}]'.replace('%', '%%'), **kind)
-    given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not None}
+    given = vars(p.parse_args(argv))
+    given = {name: value for name, value in given.items() if value is not None}
     world = 'nano' if is_nano(given.get('model', 'nano')) else 'LLaDA'
     settings = defaults[world]
-    settings.update(TASK_PRESETS[world].get(given.get('task', settings['task']), {}))
+    task = given.get('task', settings['task'])
+    settings.update(TASK_PRESETS[world].get(task, {}))
     if world == 'nano' and given.get('data'):
         settings.update(NANO_DATA_PRESET)
     args = argparse.Namespace(**{**settings, **given}, world=world)
@@ -655,12 +682,15 @@ def in_range(name, kind, positive):
 
 def is_nano(model):
     """Whether it is the nano model, or a folder that a run of it has left."""
-    return model == 'nano' or (os.path.isdir(model) and 'nano' in read_json(model, 'config.json'))
+    if Path(model).is_dir():
+        return 'nano' in read_json(model, 'config.json')
+    return model == 'nano'
 
 
 def check(args):
     """Splits the lists; raises ValueError, in one line, on settings that cannot work together."""
-    args.tasks, args.stages = args.task.split(','), args.stages.split(',')
+    args.tasks = args.task.split(',')
+    args.stages = args.stages.split(',')
     for task in args.tasks:
         if task not in rewards.TASKS or args.tasks.count(task) > 1:
             raise ValueError(f'--task {task}: choose from {", ".join(rewards.TASKS)}, each once')
@@ -697,10 +727,10 @@ def check(args):
         raise ValueError(f'--device {args.device} is not usable here: try --device cpu') from None
     if args.compile is None:
         args.compile = args.device == 'cuda'
-    model = os.path.basename(args.model.rstrip('/'))
+    model = Path(args.model).name
     kind = 'eval' if args.eval_only else '+'.join(args.stages)
     args.name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
-    args.folder = os.path.join(args.out, args.name)
+    args.folder = str(Path(args.out, args.name))
     if args.eval_only:
         args.stages = []
     return args
@@ -717,7 +747,7 @@ def files_of(tasks, files):
 
 def check_resume(args):
     """Raises ValueError unless the folder is new, or --resume goes on with what it holds."""
-    if not os.path.exists(os.path.join(args.folder, 'config.json')):
+    if not Path(args.folder, 'config.json').exists():
         if args.resume:
             raise ValueError(f'{args.folder} holds no run to go on with: leave out --resume')
         return
@@ -737,12 +767,13 @@ def base_of(args):
     """
     on_text = {task: file for task, file in args.data.items() if file}
     if args.base_seed < 0 and not on_text:
-        return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'nano'), None
-    settings = dict(seed=max(0, args.base_seed), steps=args.base_steps, data=on_text)
-    kind = '-'.join(['', 'text', *args.tasks]) if on_text else ''
-    folder = os.path.join(args.out, f'base-{settings["seed"]}' + kind)
-    made = os.path.join(folder, 'base.json')
-    if os.path.exists(made) and read_json(folder, 'base.json') != settings:
+        return Path(__file__).resolve().parent / 'assets/nano', None
+    seed = max(0, args.base_seed)
+    settings = dict(seed=seed, steps=args.base_steps, data=on_text)
+    folder = Path(args.out, f'base-{seed}')
+    if on_text:
+        folder = Path(args.out, f'base-{seed}-text-{"-".join(args.tasks)}')
+    if (folder / 'base.json').exists() and read_json(folder, 'base.json') != settings:
         raise ValueError(f'{folder} is a base of other settings: remove it, or give --out')
     return folder, settings
 
@@ -753,25 +784,29 @@ def nano_base(args, tokenizer):
     if not settings:
         return folder
     base = argparse.Namespace(**vars(args))
-    base.seed, base.folder, base.device = settings['seed'], folder, 'cpu'    # the fastest for it
+    base.folder, base.seed = folder, settings['seed']
+    base.device = 'cpu'                          # the fastest for it
     # with text: the run's tasks, built-in problems where one has none; else built-in ones of all
     rows = dict.fromkeys(args.tasks if settings['data'] else rewards.TASKS)
     for task, file in settings['data'].items():  # text that shows no steps is of no use here
         examples = rewards.load_examples(task, file, 'train')
         rows[task] = [example for example in examples if 'wrong' in example]
     gather([])                                   # every process has looked before one writes
-    finished = os.path.join(folder, 'model')
-    if not os.path.exists(finished):
-        os.makedirs(folder, exist_ok=True)
+    finished = folder / 'model'
+    if not finished.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(base, 'base.json', settings)
         model, _ = load('nano', seed=base.seed)
-        print0(f'pretraining a nano base of {sum(p.numel() for p in model.parameters()):,} '
-               f'weights, kept in {finished}')
-        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-        others = [p for name, p in model.named_parameters() if p.dim() < 2 or 'blocks' not in name]
+        num_weights = sum(p.numel() for p in model.parameters())
+        print0(f'pretraining a nano base of {num_weights:,} weights, kept in {finished}')
+        matrices, others = [], []
+        for name, p in model.named_parameters():
+            is_matrix = 'blocks' in name and p.dim() == 2
+            (matrices if is_matrix else others).append(p)
         optimizers = [torch.optim.Muon(matrices, 0.01, weight_decay=0.1, momentum=0.95),
                       torch.optim.AdamW(others, 1e-3, (0.9, 0.95), weight_decay=0.0)]
-        corpus = Corpus(rows, tokenizer, base.seed, args.base_steps, args.gen_length, model.config)
+        corpus = Corpus(rows, tokenizer, base.seed, args.base_steps, args.gen_length,
+                        model.config)
         train_sft(base, 'base', model, optimizers, corpus, args.base_steps)
         save_model(finished, model, tokenizer, 'nano')           # the tokenizer is ours
     gather([])                                   # all wait for process 0
@@ -849,7 +884,7 @@ def main(argv=None):
     if args.model == 'nano':
         base_of(args)                            # complains, if it must, before we write
     gather([])                                   # every process has looked before one writes
-    os.makedirs(args.folder, exist_ok=True)
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
     write_json(args, 'config.json', vars(args))
     if args.model == 'nano':
         model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
@@ -871,7 +906,7 @@ def main(argv=None):
         train_stage(args, stage, model, tokenizer, problems, traces, tests)
         evaluate(args, model, tokenizer, tests, stage)
     if args.stages:
-        save_model(os.path.join(args.folder, 'model'), model, tokenizer, args.model)
+        save_model(Path(args.folder, 'model'), model, tokenizer, args.model)
         keep_adapter(args, model, 'adapter')
     if args.compile:
         graphs = torch._dynamo.utils.counters['stats']['unique_graphs']

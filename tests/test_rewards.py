@@ -494,11 +494,11 @@ def scored(task, *paths):
     runpy.run_path(str(ROOT / 'rewards.py'), run_name='__main__')
 
 
-def test_the_command_scores_our_samples_and_the_official_layout(tmp_path, monkeypatch, capsys):
+def test_the_command_scores_generations_with_and_without_our_token_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [])
-    ours = [dict(question='q', completion=tagged(a), answer=18.0, effective_tokens=20 + a)
+    ours = [dict(question='q', generations=tagged(a), ground_truth=18.0, effective_tokens=20 + a)
             for a in (18, 18, 18, 10)]
-    scored('gsm8k', write(tmp_path, 'samples.jsonl', *ours))
+    scored('gsm8k', write(tmp_path, 'ours.json', dict(generations=ours)))
     printed = capsys.readouterr().out
     for part in ('75.0%', 'n = 4', '30.1% to 95.4%', 'reward 3.500', 'length 36.0'):
         assert part in printed
@@ -520,17 +520,14 @@ def test_all_real_generations_are_scored(task, parts, capsys):
     assert [part for part in parts if part not in printed] == []
 
 
-def test_rows_of_other_tasks_are_left_out_and_a_truth_may_be_text_or_unknown(tmp_path, capsys):
-    ours = [dict(task='gsm8k', question='q', completion=tagged(18), answer=answer)
-            for answer in ('18', '1,800', None)]
-    other = dict(task='math', question='q', completion=tagged('\\boxed{x}'), answer='x')
-    path = write(tmp_path, 'samples.jsonl', other, *ours)
+def test_files_are_scored_together_and_a_truth_may_be_text_or_unknown(tmp_path, capsys):
+    ours = [dict(question='q', generations=tagged(18), ground_truth=truth)
+            for truth in ('18', '1,800', None)]
+    path = write(tmp_path, 'saved.json', dict(generations=ours))
     rewards.score('gsm8k', [path, path])
-    rewards.score('math', [path])
-    printed = capsys.readouterr().out
-    assert '(2 of n = 6)' in printed and '(1 of n = 1)' in printed
+    assert '(2 of n = 6)' in capsys.readouterr().out
     with pytest.raises(ValueError, match='no generations of the task sudoku'):
-        rewards.score('sudoku', [path])
+        rewards.score('sudoku', [write(tmp_path, 'none.json', dict(generations=[]))])
 
 
 @pytest.mark.parametrize('task, item', [
