@@ -41,7 +41,6 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     the official code does; 'sequence' = the mean of each sequence's mean, as in the equation.
     kl_estimate: 'k3' is theirs; 'k2' is half the squared difference, without k3's heavy tail.
     """
-    mask = completion_mask.float()
     outside = ~completion_mask.bool()
     A = advantages.unsqueeze(1)                                  # (B, 1)
 
@@ -61,10 +60,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     # the clip cuts the gradient only where the clipped branch is the smaller one
     clip_high = (ratio > 1 + epsilon) & (A > 0)
     clip_low = (ratio < 1 - epsilon) & (A < 0)
-    loss = masked_mean(beta * kl - objective, mask, norm)
-    stats = dict(ratio=ratio, clip_high=clip_high.float(), clip_low=clip_low.float(), kl=kl)
+    loss = masked_mean(beta * kl - objective, completion_mask, norm)
+    stats = dict(ratio=ratio, clip_high=clip_high, clip_low=clip_low, kl=kl)
     for name, values in stats.items():
-        stats[name] = masked_mean(values, mask, norm).item()
+        stats[name] = masked_mean(values, completion_mask, norm).item()
     return loss, stats
 
 
@@ -106,9 +105,8 @@ def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilo
     tensors = logps, old_logps, ref_logps
     _, stats = grpo_loss(*tensors, advantages, completion_mask, epsilon, beta)
     kl_term, _ = grpo_loss(*tensors, 0 * advantages, completion_mask, epsilon, beta)
-    log_ratio = (logps - old_logps).masked_fill(~completion_mask.bool(), 0)
-    clipped = log_ratio.clamp(max=80).exp().clamp(1 - epsilon, 1 + epsilon)
-    clipped = clipped * completion_mask                          # (B, L)
+    ratio = (logps - old_logps).clamp(max=80).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * completion_mask        # (B, L)
     objective = (clipped * advantages.unsqueeze(1)).sum() / clipped.sum()
     return kl_term - objective, stats
 
@@ -155,8 +153,8 @@ class Group:
     advantages: torch.Tensor                                     # (G,)
     prompt_masks: list = field(default_factory=list)             # mu times (G, P)
     views: list = field(default_factory=list)                    # mu times the estimator's views
-    old_logps: list = field(default_factory=list)                # mu times (G, L)
-    ref_logps: list = field(default_factory=list)                # mu times (G, L), or None
+    old_logps: list = None                                       # mu times (G, L)
+    ref_logps: list = None                                       # mu times (G, L), or None
 
 
 def complete(model, tokenizer, prompts, sampling, generators=None, prefill=''):

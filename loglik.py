@@ -45,14 +45,14 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     """
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
-    if completion_mask is None:
-        completion_mask = torch.ones_like(completion_ids, dtype=torch.bool)
     prompt = prompt_ids.masked_fill(prompt_mask, mask_id)                    # (B, P): q'
-    logps = torch.zeros(completion_ids.shape, device=completion_ids.device)
+    logps = 0                                    # (B, L) from the first view on
     for view in views:
         completion = completion_ids.masked_fill(view.masked, mask_id)        # (B, L)
         ids = torch.cat((prompt, completion), dim=1)                         # (B, T)
-        scored = view.scored & completion_mask
+        scored = view.scored
+        if completion_mask is not None:
+            scored = scored & completion_mask
         logps = logps + view.weight * model.token_logps(ids, completion_ids, scored,
                                                         temperature=temperature)
     return logps

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2 ** 25       # of token_logps: 128 MB in float32
@@ -24,7 +23,7 @@ LOGITS_AT_ONCE = 2 ** 25       # of token_logps: 128 MB in float32
 
 @dataclass
 class Config:
-    """The keys of config.json that shape the network; `rest` keeps the others for saving."""
+    """The keys of config.json that shape the network; `rest` keeps all as read, for saving."""
     d_model: int = 128
     n_heads: int = 4
     n_kv_heads: int = 4
@@ -69,10 +68,9 @@ class Config:
             if keys.get(name, value) != value:
                 raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is known')
         for ours, theirs in names.items():
-            kind = cls.__dataclass_fields__[ours].type
-            if not isinstance(keys.get(theirs), (int, kind)):    # an int will do for a float
-                raise ValueError(f'config.json has {theirs}={keys.get(theirs)!r}: it should be a '
-                                 f'{kind.__name__}; is this a LLaDA or Qwen3 diffusion model?')
+            if not isinstance(keys.get(theirs), (int, float)):
+                raise ValueError(f'config.json has {theirs}={keys.get(theirs)!r}, no number: is '
+                                 'this a LLaDA or Qwen3 diffusion model?')
             own[ours] = keys[theirs]
         return cls(**own)
 
@@ -233,9 +231,8 @@ class LLaDA(nn.Module):
     def head_logps(self, h, targets, temperature=None):
         logits = self.ff_out(h).float()
         if temperature:
-            no_mask = torch.zeros(logits.size(-1), device=h.device)
-            no_mask[self.config.mask_id] = -torch.inf
-            logits = (logits + no_mask) / temperature
+            logits[:, self.config.mask_id] = -torch.inf
+            logits = logits / temperature
         return -F.cross_entropy(logits, targets, reduction='none')
 
     def new_cache(self, B, T):
@@ -247,7 +244,7 @@ class LLaDA(nn.Module):
         """The normed hidden states (B, n, d) under the LM head; arguments as above."""
         x = self.wte(ids).to(self.compute_dtype)                             # (B, T, d)
         places = torch.arange(start, start + ids.size(1), device=ids.device)
-        cos, sin = rope_tables(places, self.blocks[0].head_size, self.config.rope_theta)
+        cos, sin = rope_tables(places, self.config.head_dim, self.config.rope_theta)
         mask = None
         if attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]                   # (B, 1, 1, all keys)
@@ -278,18 +275,15 @@ class LLaDA(nn.Module):
         """
         folder = fetch(folder_or_hub_id)
         config = Config.from_dict(read_json(folder, 'config.json'))
-        paths = Path(folder).glob('model*.safetensors')              # one file, or its shards
-        files = [open_weights(path) for path in paths]
-        if any('lm_head.weight' in file.keys() for file in files):
+        weights = {}
+        for path in Path(folder).glob('model*.safetensors'):         # one file, or its shards
+            weights |= read_weights(path)                            # not yet in memory: mapped
+        if 'lm_head.weight' in weights:
             config.weight_tying = False              # whatever config.json says of it
         with torch.device('meta'):
             model = cls(config)
         ours = {config.tensor_name(name): name for name, _ in model.named_parameters()}
-        weights = {}
-        for file in files:
-            for key in file.keys():
-                tensor = file.get_tensor(key).to(device, dtype)
-                weights[ours.get(key, key)] = tensor
+        weights = {ours.get(key, key): tensor for key, tensor in weights.items()}
         if config.weight_tying and 'wte.weight' in weights:
             weights['ff_out.weight'] = weights['wte.weight']
         try:
@@ -300,7 +294,7 @@ class LLaDA(nn.Module):
                              ': is the download complete?') from None
         if config.weight_tying:
             model.ff_out.weight = model.wte.weight   # one parameter, also when it is trained
-        return model
+        return model.to(device, dtype)
 
     def save_pretrained(self, folder, max_shard_size='5GB'):
         """Writes config.json and the weights, without adapters, as from_pretrained reads them.
@@ -312,8 +306,8 @@ class LLaDA(nn.Module):
         weights = {}
         for name, tensor in self.named_parameters():             # a tied head only once
             if '.lora_' not in name:
-                tensor = tensor.detach().to('cpu', self.compute_dtype or tensor.dtype)
-                weights[self.config.tensor_name(name)] = tensor.contiguous()
+                tensor = tensor.to('cpu', self.compute_dtype or tensor.dtype)
+                weights[self.config.tensor_name(name)] = tensor
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
         text = json.dumps(self.config.to_dict(), indent=2)
         Path(folder, 'config.json').write_text(text)
@@ -398,25 +392,28 @@ def merge_layer(layer):
     del layer.lora_a, layer.lora_b
 
 
+def peft_name(model, name):
+    """What peft calls a layer: 'blocks.1.q_proj' -> 'base_model.model.[...].blocks.1.q_proj'."""
+    return 'base_model.model.' + model.config.tensor_name(name + '.weight').removesuffix('.weight')
+
+
 def save_adapter(folder, model, base):
     """Writes all adapters, merged or not, as peft reads them; base: the name of their model."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
     adapters = side_by_side(model.merged, lora_adapters(model))
     for name, (a, b) in adapters.items():
-        place = model.config.tensor_name(name + '.weight').removesuffix('.weight')
-        tensors[f'base_model.model.{place}.lora_A.weight'] = a.contiguous()
-        tensors[f'base_model.model.{place}.lora_B.weight'] = b.contiguous()
+        place = peft_name(model, name)
+        tensors[f'{place}.lora_A.weight'] = a
+        tensors[f'{place}.lora_B.weight'] = b
         ranks[place.rpartition('.')[2]] = len(a)                 # alpha = r: B holds the scale
     rank = max(ranks.values())
     config = dict(peft_type='LORA', base_model_name_or_path=base, r=rank, lora_alpha=rank,
-                  lora_dropout=0.0, bias='none', target_modules=sorted(ranks), rank_pattern=ranks,
-                  alpha_pattern=ranks, inference_mode=True)
+                  target_modules=sorted(ranks), rank_pattern=ranks, alpha_pattern=ranks)
     save_file(tensors, Path(folder, 'adapter_model.safetensors'))
     Path(folder, 'adapter_config.json').write_text(json.dumps(config, indent=2))
 
 
-@torch.no_grad()
 def load_adapter(folder, model):
     """Merges an adapter of peft's layout into the weights; model.merged keeps it.
 
@@ -425,25 +422,23 @@ def load_adapter(folder, model):
     config = read_json(folder, 'adapter_config.json')
     if any(config.get(kind) for kind in ('use_dora', 'use_rslora', 'modules_to_save')):
         raise ValueError(f'{folder} is no plain LoRA adapter, which is all that is read here')
-    file = open_weights(Path(folder, 'adapter_model.safetensors'))
-    names = [key for key in file.keys() if key.endswith('.lora_A.weight')]
-    layers = {model.config.tensor_name(name + '.weight'): (name, layer)
-              for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    tensors = read_weights(Path(folder, 'adapter_model.safetensors'))
     alphas = config.get('alpha_pattern', {})                     # by kind of layer
-    for key in names:
-        place = key.removeprefix('base_model.model.').replace('.lora_A.', '.')
-        name, layer = layers.get(place, ('', None))
-        alpha = alphas.get(name.rpartition('.')[2], config.get('lora_alpha', 8))
-        a = file.get_tensor(key).float()                         # (r, in)
-        b = file.get_tensor(key.replace('.lora_A.', '.lora_B.')).float()
-        b = alpha / len(a) * b                                   # (out, r)
-        if layer is None or (len(b), a.size(1)) != layer.weight.shape:
-            raise ValueError(f'{folder} is an adapter of another model: it has {key}')
-        delta = (b @ a).to(layer.weight.device)
-        layer.weight.copy_(layer.weight.float() + delta)
-        model.merged[name] = a, b
-    if not names:
-        raise ValueError(f'{folder} holds no adapter')
+    for name, layer in model.named_modules():
+        place = peft_name(model, name)
+        a = tensors.pop(f'{place}.lora_A.weight', None)          # (r, in)
+        b = tensors.pop(f'{place}.lora_B.weight', None)          # (out, r)
+        if a is None or b is None:
+            continue
+        if (len(b), a.size(1)) != layer.weight.shape:
+            raise ValueError(f'{folder} is an adapter of another model: look at {place}')
+        layer.lora_a = a.to(model.device, torch.float32)
+        layer.lora_b = b.to(model.device, torch.float32)
+        alpha = alphas.get(place.rpartition('.')[2], config.get('lora_alpha', 8))
+        layer.lora_scale = alpha / len(a)
+    if tensors or not lora_layers(model):
+        raise ValueError(f'{folder} is an adapter of another model: it has {[*tensors][:1]}')
+    merge_lora(model)
 
 
 # ---- folders ----
@@ -497,9 +492,9 @@ def fetch(folder_or_hub_id):
                          f'({type(e).__name__}): check the name and the network') from None
 
 
-def open_weights(file):
+def read_weights(file):
     try:
-        return safe_open(file, 'pt')
+        return load_file(file)
     except Exception as e:              # safetensors has its own types for a cut or foreign file
         raise ValueError(f'{file} is no whole weight file ({e}): get it again') from None
 
@@ -528,16 +523,16 @@ def load_tokenizer(name, config):
         line = str(e).split('\n')[0]
         raise ValueError(f'{name} has no usable tokenizer with a chat template '
                          f'({type(e).__name__}: {line}): is this the Instruct model?') from None
-    number_of = tokenizer.get_vocab().get
-    masks = [number_of(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
+    vocab = tokenizer.get_vocab()
+    masks = [vocab.get(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
     known = (tokenizer.eos_token, '<|eot_id|>', '<|im_end|>', '<|endoftext|>')
-    ends = [number_of(token) for token in known if number_of(token) is not None]
+    ends = [vocab[token] for token in known if token in vocab]
     agree = config.mask_id in masks and config.eos_id in ends
     if not agree or len(tokenizer) > config.embedding_size:
         raise ValueError(f'{name} contradicts itself: mask and eos are {config.mask_id} and '
                          f'{config.eos_id} of {config.embedding_size} tokens in config.json, but '
                          f'{masks} and {ends} in its tokenizer')
-    config.end_ids = tuple(dict.fromkeys([config.eos_id, *ends]))
+    config.end_ids = tuple(dict.fromkeys(ends))
     return tokenizer
 
 

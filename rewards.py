@@ -262,7 +262,7 @@ def latex_key(latex):
     key = re.sub(r'([0-9]+)/([0-9]+)', r'\\frac{\1}{\2}', key)
     if NUMBER.fullmatch(key):
         amount = Fraction(key.replace(',', ''))      # 1,200 is 1200, 36.00 is 36, .5 is 0.5
-        return '\\frac{1}{2}' if amount == Fraction(1, 2) else str(amount)
+        return '\\frac{1}{2}' if amount == 0.5 else str(amount)
     return key
 
 
@@ -322,20 +322,20 @@ def countdown_row(row):
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv}
 SIGNS = [('\\times', '*'), ('\\cdot', '*'), ('\\div', '/'), ('×', '*'), ('÷', '/'), ('−', '-')]
-MAX_EQUATION = 200           # characters: numbers stay small, nesting far from a parser's limits
+EQUATION = re.compile('[-+*/() 0-9]{0,200}')  # short: small numbers, nesting a parser can take
 
 
-def value_of(node, used):
+def value_of(node):
     """A syntax tree's exact value; its integers are added to the list `used`. Else KeyError."""
-    if isinstance(node, ast.Constant):
-        used.append(node.value)
-        return Fraction(node.value)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -value_of(node.operand, used)
-    if not isinstance(node, ast.BinOp):
-        raise KeyError(node)                         # a call, a name, ...
-    apply = OPERATIONS[type(node.op)]                # no ** and //
-    return apply(value_of(node.left, used), value_of(node.right, used))
+    match node:
+        case ast.Constant(number):
+            return Fraction(number)
+        case ast.UnaryOp(ast.USub(), operand):
+            return -value_of(operand)
+        case ast.BinOp(left, op, right):
+            apply = OPERATIONS[type(op)]             # no ** and //
+            return apply(value_of(left), value_of(right))
+    raise KeyError(node)                             # a call, a tuple, ...
 
 
 def grade_countdown(completion, example):
@@ -343,13 +343,13 @@ def grade_countdown(completion, example):
     equation = final_answer(visible(completion)).partition('=')[0].strip()
     for old, new in SIGNS:
         equation = equation.replace(old, new)
-    if len(equation) > MAX_EQUATION or not set(equation) <= set('0123456789+-*/() '):
+    if not EQUATION.fullmatch(equation):
         return 0.0, False
     numbers, target = example['answer']
-    used = []
+    used = [int(digits) for digits in re.findall('[0-9]+', equation)]
     try:
-        value = value_of(ast.parse(equation, mode='eval').body, used)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
+        value = value_of(ast.parse(equation, mode='eval').body)
+    except Exception:        # no equation, or a division by zero
         return 0.0, False
     if sorted(used) != sorted(numbers):
         return 0.0, False
@@ -423,7 +423,7 @@ PUZZLE = re.compile('(?<![0-9])(?=[1-4]*0)[0-4]{16}(?![0-9])')   # 0 = empty
 def grade_sudoku(completion, example):
     """The share of empty cells filled right; 16 digits are read, missing ones are wrong."""
     puzzle = PUZZLE.search(example['question'])[0]
-    digits = [c for c in final_answer(visible(completion)) if c in '0123456789']
+    digits = re.findall('[0-9]', final_answer(visible(completion)))
     filled = ''.join(digits[:16]).ljust(16, '0')
     empty = [i for i in range(16) if puzzle[i] == '0']
     right = sum(filled[i] == example['answer'][i] for i in empty)
@@ -469,7 +469,9 @@ def code_row(row):
         tests = column(row, 'test_list', list)
         imports = row.get('test_imports') or []
         setup = '\n'.join([row.get('test_setup_code') or '', *imports])
-        text = column(row, 'text' if 'text' in row else 'prompt')
+        text = column(row, 'text' if 'text' in row else 'prompt')    # sanitized MBPP has prompt
+        defined = re.findall(r'^def (\w+)\(', row.get('code') or '', re.M)
+        name = defined[-1] if defined else None      # tells a function `sum` from Python's own
         question = '\n'.join([text, 'It has to pass:', *tests])
     else:                                            # KodCode
         name, tests = pytest_functions(column(row, 'test'))
@@ -510,11 +512,10 @@ def code_of(completion):
 
 def grade_code(completion, example):
     """0 to 1.5: the share of unit tests passed, and 0.5 for reasoning and answer in their tags."""
-    code, answer = code_of(completion), example['answer']
+    code = code_of(completion)
     passed = 0.0
     if code.strip():
-        passed = run_tests(f"{answer['setup']}\n{code}", answer['tests'], answer['entry_point'],
-                           answer['setup'])
+        passed = run_tests(code, **example['answer'])
     return passed + soft_format(visible(completion)), passed == 1.0
 
 
@@ -607,16 +608,17 @@ def load_rows(sources, from_row):
     A row that it refuses is dropped and counted; ValueError if a column is missing or none is left.
     """
     found, dropped, total = [], [], 0
-    for source, config, split in sources:
-        rows = read_rows(source, config, split)
+    for source in sources:
+        rows = read_rows(*source)
         total += len(rows)
         for i, row in enumerate(rows, 1):
             try:
                 example = from_row(row)
             except KeyError as e:
-                raise ValueError(f'{source}, row {i}: {e.args[0]}; expected {from_row.__doc__}')
+                raise ValueError(f'{source[0]}, row {i}: {e.args[0]}; expected '
+                                 f'{from_row.__doc__}') from None
             except (ValueError, SyntaxError, TypeError) as e:
-                dropped.append(f'{source}, row {i}: {e}')
+                dropped.append(f'{source[0]}, row {i}: {e}')
                 continue
             if example is not None:
                 found.append(example)
@@ -636,7 +638,7 @@ def load_examples(task_name, source='', split='train'):
     task = TASKS[task_name]
     sources = task.datasets[split != 'train']
     if source:
-        sources = [source if isinstance(source, tuple) else (source, None, None)]
+        sources = [source if isinstance(source, tuple) else (source,)]
     if not sources:
         flag = '--data' if split == 'train' else '--eval_data'
         raise ValueError(f'{task_name} has no {split} data on the hub: give a file by {flag} '
@@ -662,7 +664,7 @@ def summary(items):
     right = sum(item['correct'] == 1.0 for item in items)
     low, high = wilson(right, n)
     def mean(name):
-        return sum(float(item[name]) for item in items) / n
+        return sum(item[name] for item in items) / n
     return dict(accuracy=right / n, low=low, high=high, n=n,
                 share=mean('correct'),               # of cells, for sudoku
                 reward=mean('reward'), effective_tokens=mean('effective_tokens'))
@@ -720,23 +722,22 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     if not tests or len(code) > MAX_CODE or not may_compile(code):
         return 0.0
     # the second line, the tests, is read only after the completion's process has been forked off
-    message = (json.dumps([code, time.monotonic() + timeout]) + '\n'
+    message = (json.dumps([f'{setup}\n{code}', time.monotonic() + timeout]) + '\n'
                + json.dumps([tests, setup, entry_point]))
     # not -I, which would ignore PYTHONHASHSEED: the order of sets must not change from run to run
     command = [sys.executable, '-S', '-B', '-W', 'ignore', '-c', CHILD_PROGRAM]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
             command, cwd=folder, env={'PYTHONHASHSEED': '0', 'HOME': '/'}, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as child:
-        verdicts = b'!'                              # unless it answers in time
         try:
             verdicts = child.communicate(message.encode(), timeout + 0.3)[0]
         except subprocess.TimeoutExpired:
-            pass
+            verdicts = b'!'
         finally:
             if child.returncode != 0:                # it did not get to kill the completion itself
                 try:
                     os.killpg(child.pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
+                except OSError:              # it has none left
                     pass
     return 0.0 if b'!' in verdicts else verdicts.count(b'1') / len(tests)
 
@@ -757,16 +758,14 @@ def may_compile(code):
 
 def to_plain(x):
     """A value as JSON; what JSON lacks is {"name of the type": parts}."""
-    if x is None or isinstance(x, (bool, float, str)):
+    if x is None or isinstance(x, (int, float, str)):
         return x
-    if isinstance(x, int):
-        return x if x.bit_length() < 65 else {'int': f'{int(x):x}'}      # hex: no limit of digits
     if isinstance(x, list):
         return [to_plain(y) for y in x]
     if isinstance(x, bytes):
         return {'bytes': x.hex()}
     if isinstance(x, complex):
-        return {'complex': [x.real, x.imag]}
+        return {'complex': repr(x)}
     if isinstance(x, dict):
         return {'dict': [to_plain(pair) for pair in x.items()]}
     for kind in (tuple, set, frozenset):             # subclasses arrive as their base
@@ -778,23 +777,13 @@ def to_plain(x):
 def from_plain(parts):
     """The value of an object with one key; anything that to_plain does not write raises."""
     [(kind, value)] = parts.items()
-    if kind == 'int':
-        return int(value, 16)
-    if kind == 'complex':
-        return complex(*value)
-    make = dict(tuple=tuple, set=set, frozenset=frozenset, dict=dict, bytes=bytes.fromhex)
+    make = dict(tuple=tuple, set=set, frozenset=frozenset, dict=dict, complex=complex,
+                bytes=bytes.fromhex)
     return make[kind](value)
 
 
 def pack(*values):
-    plain = [to_plain(value) for value in values]
-    line = json.dumps(plain, ensure_ascii=False)
-    return line.encode('utf-8', 'surrogatepass') + b'\n'
-
-
-def send(file, message):
-    file.write(message)
-    file.flush()
+    return json.dumps(to_plain(list(values))).encode() + b'\n'
 
 
 def receive(file):
@@ -803,8 +792,7 @@ def receive(file):
 
 def lock_kernel():
     """seccomp, on Linux x86-64: the kernel lets this process compute and read, or kills it."""
-    linux = sys.platform == 'linux' and os.uname().machine == 'x86_64'
-    if not linux or sys.maxsize < 1 << 32:           # a 32-bit interpreter
+    if sys.platform != 'linux' or os.uname().machine != 'x86_64':
         return
     import ctypes
     import struct
@@ -835,7 +823,7 @@ def lock_kernel():
                     rule(end, kill)]
     program = b''.join([*program, rule(end, kill)])
     buffer = ctypes.create_string_buffer(program)
-    header = struct.pack('HxxxxxxQ', len(program) // 8, ctypes.addressof(buffer))
+    header = struct.pack('HQ', len(program) // 8, ctypes.addressof(buffer))
     prctl = ctypes.CDLL(None).prctl
     prctl(38, 1, 0, 0, 0)                            # PR_SET_NO_NEW_PRIVS
     prctl(22, 2, header)                             # PR_SET_SECCOMP; a refusal is not insisted on
@@ -852,7 +840,7 @@ def add_audit_hook(die=os._exit, kind=type, text=str, integer=int):
         os.scandir os.putenv os.unsetenv builtins.input builtins.input/result'''.split())
     banned = frozenset('''ctypes _ctypes _posixsubprocess _interpreters _xxsubinterpreters
         _testcapi'''.split())
-    library = tuple(folder + '/' for folder in sys.path)
+    library = tuple(folder + '/' for folder in sys.path if folder)
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def hook(event, args):   # exact types only: a method of the completion's would run in here
@@ -880,8 +868,7 @@ def run_untrusted(code, seconds, calls, replies):
             resource.setrlimit(getattr(resource, 'RLIMIT_' + name), (most, most))
         except (AttributeError, ValueError, OSError):
             pass                                     # not on this system
-    if 'random' in code:
-        __import__('random').seed(0)
+    random.seed(0)
     try:
         lock_kernel()
     except (ImportError, OSError, AttributeError):
@@ -905,7 +892,7 @@ def run_untrusted(code, seconds, calls, replies):
             kinds = type(e).__mro__                  # an own exception arrives as its base
             known = [kind.__name__ for kind in kinds if kind.__module__ == 'builtins']
             reply = pack(known[0], str(e))
-        send(replies, reply)
+        os.write(replies, reply)
 
 
 def child_main():
@@ -915,27 +902,24 @@ def child_main():
     """
     source = open(os.dup(0), 'rb', buffering=0)      # reads nothing ahead: the tests come second
     verdicts = os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    sys.path = [folder for folder in sys.path if folder]
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+    for fd in (0, 1):
+        os.dup2(2, fd)                               # 2 is /dev/null
     code, deadline = receive(source)
+    sys.set_int_max_str_digits(0)
     seconds = max(deadline - time.monotonic(), 1e-3)
     calls_out, calls_in = os.pipe()
     replies_out, replies_in = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            for fd in (source.fileno(), verdicts, null, calls_in, replies_out):
+            for fd in (source.fileno(), verdicts, calls_in, replies_out):
                 os.close(fd)
-            calls, replies = open(calls_out, 'rb'), open(replies_in, 'wb')
-            run_untrusted(code, seconds, calls, replies)
+            run_untrusted(code, seconds, open(calls_out, 'rb'), replies_in)
         finally:
             os._exit(1)
     os.close(calls_out)
     os.close(replies_in)
-    calls, replies = open(calls_in, 'wb'), open(replies_out, 'rb')
-    run_trusted(child, seconds, source, calls, replies, verdicts)
+    run_trusted(child, seconds, source, calls_in, open(replies_out, 'rb'), verdicts)
 
 
 def run_trusted(child, seconds, source, calls, replies, verdicts):
@@ -949,7 +933,7 @@ def run_trusted(child, seconds, source, calls, replies, verdicts):
     def call(name, /, *args, **kwargs):
         message = pack(name, args, kwargs)
         try:
-            send(calls, message)
+            os.write(calls, message)
             error, value = receive(replies)
         except BaseException:    # it ended, was killed or wrote garbage: no test counts
             os.write(verdicts, b'!')
@@ -969,8 +953,7 @@ def run_trusted(child, seconds, source, calls, replies, verdicts):
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         tests, setup, entry_point = json.loads(source.read())
-        if 'random' in ' '.join([setup, *tests]):
-            __import__('random').seed(0)
+        random.seed(0)
         names = Names(__name__='__main__', __builtins__=builtins)
         exec(setup, names)
         if entry_point:
@@ -989,11 +972,11 @@ def run_trusted(child, seconds, source, calls, replies, verdicts):
         finish()
 
 
-CHILD = (to_plain, from_plain, pack, send, receive, lock_kernel, add_audit_hook, run_untrusted,
+CHILD = (to_plain, from_plain, pack, receive, lock_kernel, add_audit_hook, run_untrusted,
          run_trusted, child_main)
 # The same as a program, so that the child imports nothing of ours. Made when this file is read: an
 # edit of it must not reach a run that goes on.
-CHILD_PROGRAM = '\n'.join(['import builtins, functools, json, os, signal, sys, time',
+CHILD_PROGRAM = '\n'.join(['import builtins, functools, json, os, random, signal, sys, time',
                            *map(inspect.getsource, CHILD), 'child_main()'])
 
 

@@ -95,16 +95,15 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
     number; 0 = off (Fast-dLLM, arXiv 2505.22618, has both).
     order: a tensor (B, L) to be filled with the number of the step that committed each token.
     """
-    if order is not None:
-        order.fill_(-1)
+    if order is None:
+        order = prompt_ids.new_empty(len(prompt_ids), gen_length)
+    order.fill_(-1)
     for step, ids in enumerate(denoise(
             model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale, remasking,
             attention_mask, generators, cache, threshold)):
         completion_ids = ids[:, prompt_ids.size(1):]
-        if order is not None:
-            order.masked_fill_((order < 0) & (completion_ids != model.config.mask_id), step)
-    if order is not None:
-        order.clamp_(max=step - 1)               # the last state adds eos only, and is no step
+        order.masked_fill_((order < 0) & (completion_ids != model.config.mask_id), step)
+    order.clamp_(max=step - 1)                   # the last state adds eos only, and is no step
     return completion_ids.clone()                # no inference tensor, so that gradients can use it
 
 
@@ -138,8 +137,8 @@ def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0,
             kv = model.new_cache(copies * len(active), ids.size(1))
         while masks_left:
             is_mask = ids[active, block] == mask_id                          # (R, block_length)
-            order = is_mask.byte().argsort(dim=1, descending=True, stable=True)
-            positions = order[:, :masks_left]            # the masks from left to right come first
+            masks_first = is_mask.byte().argsort(dim=1, descending=True, stable=True)
+            positions = masks_first[:, :masks_left]              # from left to right
             is_mask = is_mask.gather(1, positions)                           # (R, n)
             # with a cache the first step of a block sees all tokens, the others only the block
             seen = block if cache and step else slice(0, ids.size(1))
@@ -294,6 +293,7 @@ def draw(path, panels, seconds=0.5):
     body, y = [], 10
     last = max(step for _, _, order in panels for step in order)
     total = seconds * (last + 6)                                 # the end stays for a while
+    # a sign is 8.4 wide at 14px; titles are the longest lines
     right = 24 + 8.4 * max(len(title) for title, _, _ in panels)
     for title, pieces, order in panels:
         y += 22
@@ -324,11 +324,11 @@ def draw(path, panels, seconds=0.5):
                    f'<style>{style}</style>\n' + '\n'.join(body) + '\n</svg>\n')
 
 
-def newest_model(out):
-    """The newest model that a run has left in the folder `out`; ValueError when there is none."""
-    folders = list(Path(out).glob('*/model'))
+def newest_model():
+    """The newest model that a run has left in out/; ValueError when there is none."""
+    folders = list(Path('out').glob('*/model'))
     if not folders:
-        raise ValueError(f'no model in {out}/: run python train.py first, or give --model FOLDER')
+        raise ValueError('no model in out/: run python train.py first, or give --model FOLDER')
     return max(folders, key=os.path.getmtime)
 
 
@@ -358,7 +358,7 @@ def main():
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, 'cuda'
     panels = []
-    for name in args.model or [newest_model('out')]:
+    for name in args.model or [newest_model()]:
         model, tokenizer = load(name, dtype, device)
         generators = [torch.Generator(model.device).manual_seed(args.seed)]
         example = rewards.make(args.task, random.Random(args.seed), 'test')

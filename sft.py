@@ -18,8 +18,8 @@ from sample import chat, random_stream, shuffled, torch_stream
 
 # ---- noise and loss ----
 
-def add_noise(answers, mask_id, generator=None, t_min=0.0):
-    """answers (B, L) -> noisy (B, L), masked (B, L) bool, t (B, 1) (d1, Algorithm 2, lines 3-5).
+def draw_masks(answers, generator=None, t_min=0.0):
+    """answers (B, L) -> masked (B, L) bool, t (B, 1) (d1, Algorithm 2, lines 3-5).
 
     Each t is uniform in (t_min, 1]. A batch's t are spread evenly from one random start, so that
     their mean varies less.
@@ -29,7 +29,7 @@ def add_noise(answers, mask_id, generator=None, t_min=0.0):
     t = 1 - (start + torch.arange(B, device=device) / B) % 1                 # never 0
     t = (t_min + (1 - t_min) * t).unsqueeze(1)                               # (B, 1)
     masked = torch.rand(answers.shape, device=device, generator=generator) < t
-    return answers.masked_fill(masked, mask_id), masked, t
+    return masked, t
 
 
 def masked_loss(logps, masked, t, num_tokens):
@@ -54,8 +54,7 @@ class Batch(NamedTuple):
     """What one update of train_sft sees."""
     prompts: list              # B lists of ids
     answers: torch.Tensor      # (B, L), eos after the end
-    noisy: torch.Tensor        # (B, L), the answers with masks
-    masked: torch.Tensor       # (B, L) bool
+    masked: torch.Tensor       # (B, L) bool: what the model does not see
     t: torch.Tensor            # (B, 1), the noise level
 
 
@@ -82,7 +81,7 @@ def s1k_row(row):
 
 def load_s1k(path=''):
     """[(prompt, answer)] from s1K on the hub, or a local file with its columns."""
-    source = (path, None, None) if path else ('simplescaling/s1K', None, 'train')
+    source = (path,) if path else ('simplescaling/s1K', None, 'train')
     return rewards.load_rows([source], s1k_row)
 
 
@@ -103,20 +102,18 @@ def clean_trace(rng):
 
 
 def encode_traces(traces, tokenizer, max_prompt, max_answer):
-    """[(prompt, answer)] -> ([(prompt ids, answer ids)], dropped, cut).
+    """[(prompt, answer)] -> ([(prompt ids, answer ids)], how many answers were cut).
 
-    Prompts over max_prompt tokens are dropped, answers are cut to max_answer; both are counted.
+    Prompts over max_prompt tokens are dropped, answers are cut to max_answer tokens.
     """
-    pairs, dropped, cut = [], 0, 0
+    pairs, cut = [], 0
     for prompt, answer in traces:
         prompt_ids = chat(tokenizer, prompt)
         answer_ids = tokenizer(answer, add_special_tokens=False)['input_ids']
-        if len(prompt_ids) > max_prompt:
-            dropped += 1
-            continue
-        cut += len(answer_ids) > max_answer
-        pairs.append((prompt_ids, answer_ids[:max_answer]))
-    return pairs, dropped, cut
+        if len(prompt_ids) <= max_prompt:
+            cut += len(answer_ids) > max_answer
+            pairs.append((prompt_ids, answer_ids[:max_answer]))
+    return pairs, cut
 
 
 @dataclass
@@ -137,8 +134,8 @@ class Traces:
         prompts, answers = zip(*pairs)
         answers = right_pad(answers, self.length, self.config.eos_id, self.device)
         generator = torch_stream(self.device, self.seed, 'sft', step)
-        noisy, masked, t = add_noise(answers, self.config.mask_id, generator)
-        return Batch(prompts, answers, noisy, masked, t)
+        masked, t = draw_masks(answers, generator)
+        return Batch(prompts, answers, masked, t)
 
 
 # ---- the corpus of the nano base: sums, a textbook, and people who think or guess ----
@@ -173,14 +170,14 @@ def demonstration(example, rng):
     return question, text
 
 
-def add_base_noise(answers, ends, mask_id, generator=None, width=8):
+def draw_base_masks(answers, ends, generator=None, width=8):
     """The base's noise: answers (B, L) of ends (B,) tokens -> masked (B, L) bool.
 
     Even rows have SFT's noise with t ~ U(0.3, 1). Odd rows look as they do to the sampler: from a
     random place of the text on, a share u ~ U(0, 1) of `width` tokens is masked, then all others.
     """
     B, L = answers.shape
-    _, masked, _ = add_noise(answers, mask_id, generator, t_min=0.3)
+    masked, _ = draw_masks(answers, generator, t_min=0.3)
     place = torch.rand((B, 1), generator=generator) * (ends[:, None] + width) - width
     share = torch.rand((B, 1), generator=generator)
     near = torch.rand((B, L), generator=generator) < share
@@ -194,7 +191,7 @@ def hide_replies(answers, masked, close_id):
     """masked (B, L), and the reply with it wherever a token of the reasoning is masked.
 
     Otherwise the last step would be learnt by copying it from the reply. close_id: of
-    </reasoning>.
+    the token that ends the reasoning.
     """
     is_reply = (answers == close_id).cumsum(dim=1) > 0
     hidden_step = (masked & ~is_reply).any(dim=1, keepdim=True)              # (B, 1)
@@ -222,7 +219,8 @@ class Corpus:
         for _ in range(50):                      # some problems have none
             example = self.example(rng.choice(list(self.rows)), rng)
             sums = SUM.findall(example['solution'])
-            found += rng.sample(sums, min(1, len(sums)))
+            if sums:
+                found.append(rng.choice(sums))
             if len(found) == 5:
                 break
         return '\n'.join(found)
@@ -232,7 +230,9 @@ class Corpus:
         rng = random_stream(self.seed, 'corpus', step, i)
         if i % 4 == 0:
             return '', self.sums(rng)
-        example = self.example(list(self.rows)[i % len(self.rows)], rng)
+        tasks = list(self.rows)
+        shift = i // 4 if len(tasks) % 2 == 0 else 0     # or sums would always fall on the same one
+        example = self.example(tasks[(i + shift) % len(tasks)], rng)
         if step < 0.6 * self.steps or rng.random() < 0.5:
             return worked(example)
         return demonstration(example, rng)
@@ -240,18 +240,18 @@ class Corpus:
     def batch(self, step):
         """The Batch of an update, with the base's noise and without the weights 1/t."""
         rng = random_stream(self.seed, 'length', step)
-        length = self.length * rng.choice((2, 2, 2, 3, 4)) // 2
+        halves = rng.choice((2, 2, 2, 3, 4))     # mostly the task's length, at times up to twice it
+        length = self.length * halves // 2
         texts = [self.text(step, i) for i in range(self.batch_size)]
         prompts = [chat(self.tokenizer, prompt) for prompt, _ in texts]
         answers = [self.tokenizer(answer)['input_ids'][:length] for _, answer in texts]
         ends = torch.tensor([len(answer) for answer in answers])
         answers = right_pad(answers, length, self.config.eos_id, 'cpu')
         generator = torch_stream('cpu', self.seed, 'base', step)
-        masked = add_base_noise(answers, ends, self.config.mask_id, generator)
+        masked = draw_base_masks(answers, ends, generator)
         equals, close = self.tokenizer.convert_tokens_to_ids(['=', '\n</reasoning>\n'])
         masked = hide_replies(answers, masked, close)
         is_sums = torch.tensor([not prompt for prompt, _ in texts])          # (B,)
         results = F.pad(answers == equals, (1, -1))                          # the tokens after =
         masked = results.where(is_sums[:, None], masked)
-        noisy = answers.masked_fill(masked, self.config.mask_id)
-        return Batch(prompts, answers, noisy, masked, torch.ones(self.batch_size, 1))
+        return Batch(prompts, answers, masked, t=torch.ones(self.batch_size, 1))

@@ -6,12 +6,12 @@
     python train.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
     torchrun --nproc_per_node 8 train.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct
 
-A run's files: out/NAME/{config.json, log.jsonl, samples.jsonl, results.json, model/}.
+A run leaves out/NAME/{config.json, log.jsonl, samples.jsonl, results.json, model/} and more.
 Departures from the paper (P) and the official code (C), on purpose:
  1. Every group has a prompt mask of its own for each of the mu updates. C's mask index counts
-    micro-batches: with accumulation each of them sees half of its masks, twice.
- 2. Random numbers come from generators keyed by seed, step, prompt and row. C's masking reseeds
-    the global generator, which leaves its rollouts 4096 different noises.
+    micro-batches: with two of them per update each sees every second mask, twice.
+ 2. Random numbers come from generators keyed by seed, step, prompt and row. C's masking seeds the
+    global generator with one of 4096 numbers: its rollouts have no more different noises.
  3. The noise of the sampler is float32, not bfloat16, and the mask can never be sampled.
  4. There is no LoRA dropout. C's is on while old log-probs are taken: its first ratio is not 1.
  5. beta > 0 works with mu = 1. Prompts padded on the left are masked out of the attention.
@@ -97,7 +97,7 @@ FLAGS = [
     ('sft_batch', 32, 8, 'sequences per update'),
     ('sft_length', 32, 3584, 'answer tokens; longer answers are cut'),
     ('sft_learning_rate', 3e-4, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
-    ('sft_lora_alpha', 64, 256, 'with lora_rank 128 the scale alpha/rank is 2, as in d1'),
+    ('sft_lora_alpha', 64, 256, 'the scale is alpha/rank; 2 in d1'),
     ('sft_lora_targets', 'q_proj,k_proj,v_proj', 'q_proj,k_proj,v_proj', 'layers'),
     ('micro_batch', 64, 1, 'sequences per forward pass'),
     # LoRA and memory
@@ -116,7 +116,7 @@ FLAGS = [
     ('save_minutes', 0, 10, 'at least this long between checkpoints'),
     ('sample_every', 10, 10, 'outer iterations between printed completions'),
     # Nano base
-    ('base_seed', -1, -1, 'pretrain a base with this seed, kept in out/; -1: the one in assets/'),
+    ('base_seed', -1, -1, 'pretrain a base with this seed, kept in out/; else the one in assets/'),
     ('base_steps', 3000, 0, 'its updates'),
 ]
 
@@ -130,8 +130,8 @@ def train_grpo(args, model, tokenizer, problems, tests):
     prompts_per_call = max(1, args.rollout_batch // args.num_generations)
     num_prefill = len(prefill_ids(args, tokenizer))
     start = load_checkpoint(args, 'grpo', model, [optimizer])
-    for part in optimizer.param_groups:
-        part['lr'] = args.learning_rate          # a resumed run may have been given another
+    for part in optimizer.param_groups:          # a resumed run may have been given another rate
+        part['lr'] = args.learning_rate
     for step in progress_bar('grpo', start, args.grpo_steps):                                  # 2
         # before the step and not after it, so that a resumed run makes up for a killed evaluation
         if args.eval_every and step and step % args.eval_every == 0:
@@ -185,7 +185,7 @@ def train_grpo(args, model, tokenizer, problems, tests):
 def train_sft(args, stage, model, optimizers, data, steps):
     """Masked SFT (d1, Algorithm 2); the pretraining of the nano base has other data and noise.
 
-    data.batch(step) is the same Batch on every process; each takes every world-th row of it.
+    data.batch(step) is the same Batch on every process; each takes its share of the rows.
     """
     start = load_checkpoint(args, stage, model, optimizers)
     for step in progress_bar(stage, start, steps):
@@ -193,9 +193,7 @@ def train_sft(args, stage, model, optimizers, data, steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 warm_up = min(1, 20 * (step + 1) / steps)        # over the first 5 % of the steps
-                # set by the first update; a resumed run finds it in its checkpoint
-                peak = group.setdefault('peak_lr', group['lr'])
-                group['lr'] = peak * warm_up * (1 - step / steps)
+                group['lr'] = optimizer.defaults['lr'] * warm_up * (1 - step / steps)
         batch = data.batch(step)
         B, L = batch.answers.shape
         loss = 0.0
@@ -205,7 +203,8 @@ def train_sft(args, stage, model, optimizers, data, steps):
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (0, L), value=True)   # (rows, T)
             answers, masked = batch.answers[rows], batch.masked[rows]        # (rows, L)
-            ids = torch.cat((prompt_ids, batch.noisy[rows]), dim=1)          # (rows, T)
+            noisy = answers.masked_fill(masked, model.config.mask_id)
+            ids = torch.cat((prompt_ids, noisy), dim=1)                      # (rows, T)
             logps = model.token_logps(ids, answers, masked, attention_mask)
             part = masked_loss(logps, masked, batch.t[rows], B * L)
             part.backward()
@@ -224,7 +223,8 @@ def train_sft(args, stage, model, optimizers, data, steps):
 
 def adamw(model, learning_rate, weight_decay):
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, learning_rate, (0.9, 0.99), weight_decay=weight_decay)
+    return torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.99),
+                             weight_decay=weight_decay)
 
 
 def reference_policy(args, model):
@@ -235,7 +235,7 @@ def reference_policy(args, model):
     if args.lora_rank or not args.beta:
         return model
     frozen = copy.deepcopy(model).requires_grad_(False)
-    return frozen.to(model.compute_dtype or torch.float32)
+    return frozen.to(model.compute_dtype)        # None: as it is
 
 
 def sampling_knobs(args):
@@ -256,7 +256,7 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     for some in (gather(rows), gather(stats)):
         for name in some[0]:
             line[name] = mean([row[name] for row in some])
-    line['first_ratio'] = stats[0]['ratio']
+    line['first_ratio'] = stats[0]['ratio']      # 1 if the old log-probs are the policy's
     line['grad_norm'] = mean(grad_norms)
     line['bad_updates'] = sum(not math.isfinite(norm) for norm in grad_norms)
     line.update(rollout_seconds=rollout_seconds, seconds=seconds)
@@ -575,7 +575,7 @@ def read_checkpoint(args, name):
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)    # data only
+        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)
     except Exception as e:                       # a cut or foreign file raises whatever it likes
         raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it, and --resume '
                          'goes on from the one before') from None
@@ -598,8 +598,9 @@ def keep_adapter(args, model, name):
     """The adapters of all stages so far, in the layout of the peft library."""
     if args.lora_rank and rank() == 0:
         base = args.model
-        if base == 'nano' and base_of(args)[1]:  # not the one in assets/
-            base = f'{base_of(args)[0]}/model'
+        if base == 'nano':
+            folder, settings = base_of(args)
+            base = f'{folder}/model' if settings else 'nano'     # the one in assets/
         save_adapter(Path(args.folder, name), model, base)
 
 
@@ -642,12 +643,9 @@ FREE_ON_RESUME = ('resume', 'out', 'name', 'folder', 'device', 'compile', 'learn
 def parse(argv=None):
     """The settings of a run: flags as given, else the task's, else the model's defaults."""
     p = argparse.ArgumentParser(usage='python train.py [flags]; --help lists them',
-                                description=__doc__,
+                                description=__doc__, argument_default=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {'nano': {}, 'LLaDA': {}}
     for name, nano, llada, text in FLAGS:
-        defaults['nano'][name] = nano
-        defaults['LLaDA'][name] = llada
         default = nano if nano == llada else f'nano {nano}, LLaDA {llada}'
         kind = dict(type=type(nano), choices=CHOICES.get(name))
         if isinstance(nano, bool):
@@ -656,9 +654,8 @@ def parse(argv=None):
             kind = dict(type=in_range(name, type(nano), nano > 0 and llada > 0))
         p.add_argument(f'--{name}', help=f'{text} [{default}]'.replace('%', '%%'), **kind)
     given = vars(p.parse_args(argv))
-    given = {name: value for name, value in given.items() if value is not None}
     world = 'nano' if is_nano(given.get('model', 'nano')) else 'LLaDA'
-    settings = defaults[world]
+    settings = {name: nano if world == 'nano' else llada for name, nano, llada, _ in FLAGS}
     task = given.get('task', settings['task'])
     settings.update(TASK_PRESETS[world].get(task, {}))
     if world == 'nano' and given.get('data'):
@@ -688,7 +685,7 @@ def is_nano(model):
 
 
 def check(args):
-    """Splits the lists; raises ValueError, in one line, on settings that cannot work together."""
+    """Splits lists, reads --instructions, settles device and folder; ValueError on nonsense."""
     args.tasks = args.task.split(',')
     args.stages = args.stages.split(',')
     for task in args.tasks:
@@ -715,8 +712,9 @@ def check(args):
             args.instructions = file.read().strip()
     args.data = files_of(args.tasks, args.data)
     args.eval_data = files_of(args.tasks, args.eval_data)
-    for task in args.tasks if args.world == 'nano' else []:
-        if not args.eval_data[task] and (args.data[task] or not args.eval_n):
+    for task in args.tasks:
+        built_in = args.world == 'nano' and not args.eval_data[task]
+        if built_in and (args.data[task] or not args.eval_n):
             raise ValueError(f'{task} would be tested on built-in problems, which have no end and '
                              'are not those of --data: give --eval_data, or --eval_n')
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -769,7 +767,7 @@ def base_of(args):
     if args.base_seed < 0 and not on_text:
         return Path(__file__).resolve().parent / 'assets/nano', None
     seed = max(0, args.base_seed)
-    settings = dict(seed=seed, steps=args.base_steps, data=on_text)
+    settings = dict(seed=seed, steps=args.base_steps, length=args.gen_length, data=on_text)
     folder = Path(args.out, f'base-{seed}')
     if on_text:
         folder = Path(args.out, f'base-{seed}-text-{"-".join(args.tasks)}')
@@ -783,8 +781,8 @@ def nano_base(args, tokenizer):
     folder, settings = base_of(args)
     if not settings:
         return folder
-    base = argparse.Namespace(**vars(args))
-    base.folder, base.seed = folder, settings['seed']
+    base = copy.copy(args)
+    base.folder = folder
     base.device = 'cpu'                          # the fastest for it
     # with text: the run's tasks, built-in problems where one has none; else built-in ones of all
     rows = dict.fromkeys(args.tasks if settings['data'] else rewards.TASKS)
@@ -796,16 +794,16 @@ def nano_base(args, tokenizer):
     if not finished.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(base, 'base.json', settings)
-        model, _ = load('nano', seed=base.seed)
+        model, _ = load('nano', seed=settings['seed'])
         num_weights = sum(p.numel() for p in model.parameters())
         print0(f'pretraining a nano base of {num_weights:,} weights, kept in {finished}')
-        matrices, others = [], []
+        matrices, others = [], []    # Muon is for matrices inside; embeddings, head, norms: AdamW
         for name, p in model.named_parameters():
             is_matrix = 'blocks' in name and p.dim() == 2
             (matrices if is_matrix else others).append(p)
         optimizers = [torch.optim.Muon(matrices, 0.01, weight_decay=0.1, momentum=0.95),
                       torch.optim.AdamW(others, 1e-3, (0.9, 0.95), weight_decay=0.0)]
-        corpus = Corpus(rows, tokenizer, base.seed, args.base_steps, args.gen_length,
+        corpus = Corpus(rows, tokenizer, settings['seed'], args.base_steps, args.gen_length,
                         model.config)
         train_sft(base, 'base', model, optimizers, corpus, args.base_steps)
         save_model(finished, model, tokenizer, 'nano')           # the tokenizer is ours
@@ -834,7 +832,8 @@ def sft_data(args, tokenizer, config):
         traces = [clean_trace(random_stream('sft', i)) for i in range(100)]
     else:
         traces = load_s1k(args.sft_data)
-    pairs, dropped, cut = encode_traces(traces, tokenizer, args.max_prompt, args.sft_length)
+    pairs, cut = encode_traces(traces, tokenizer, args.max_prompt, args.sft_length)
+    dropped = len(traces) - len(pairs)
     print0(f'SFT: {len(pairs)} traces, {dropped} dropped for a prompt over --max_prompt, '
            f'{cut} cut to --sft_length')
     if not pairs:
@@ -853,12 +852,12 @@ def train_stage(args, stage, model, tokenizer, problems, traces, tests):
     finished = read_checkpoint(args, f'{stage}.pt')
     if finished:
         put_weights(args, model, finished['weights'])
-    elif stage == 'sft':
-        optimizer = adamw(model, args.sft_learning_rate, args.weight_decay)
-        train_sft(args, 'sft', model, [optimizer], traces, args.sft_steps)
     else:
-        train_grpo(args, model, tokenizer, problems, tests)
-    if not finished:
+        if stage == 'sft':
+            optimizer = adamw(model, args.sft_learning_rate, args.weight_decay)
+            train_sft(args, 'sft', model, [optimizer], traces, args.sft_steps)
+        else:
+            train_grpo(args, model, tokenizer, problems, tests)
         write(args, f'{stage}.pt', dict(weights=trained_weights(model)))
     merge_lora(model)
 
@@ -867,10 +866,11 @@ def main(argv=None):
     args = parse(argv)
     check_resume(args)
     dtype = getattr(torch, args.dtype)
+    # trained weights are float32, for bfloat16 ones would not notice steps of 3e-6
     weights_dtype = torch.float32 if args.stages and not args.lora_rank else dtype
     model, tokenizer = load(args.model, weights_dtype, args.device)
-    trained = dict(sft=args.sft_length, grpo=args.gen_length)
-    lengths = [trained[stage] for stage in args.stages]
+    answer_length = dict(sft=args.sft_length, grpo=args.gen_length)
+    lengths = [answer_length[stage] for stage in args.stages]
     longest = args.max_prompt + max(args.eval_lengths + lengths)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, but the '
@@ -890,8 +890,7 @@ def main(argv=None):
         model, tokenizer = load(nano_base(args, tokenizer), weights_dtype, args.device)
     if args.adapter:
         load_adapter(args.adapter, model)
-    # trained weights stay float32, for bfloat16 ones would not notice steps of 3e-6
-    model.compute_dtype = dtype
+    model.compute_dtype = dtype                  # of arithmetic
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.gradient_checkpointing is None:
         model.gradient_checkpointing = not activations_fit(args, model.config)
@@ -908,6 +907,7 @@ def main(argv=None):
     if args.stages:
         save_model(Path(args.folder, 'model'), model, tokenizer, args.model)
         keep_adapter(args, model, 'adapter')
+    gather([])                                   # process 0 has written its files
     if args.compile:
         graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
         print0(f'{graphs} graphs were compiled for {len(model.blocks)} blocks')

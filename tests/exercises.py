@@ -20,7 +20,7 @@ EXERCISES = [
      'likelier.', 'view(-1, num_generations), and keepdim.'),
     ('grpo.py', 'completion_mask', 'A completion is over at its first end token, which counts: the '
      'model has to learn to stop.', 'How many ends stand before a position? cumsum.'),
-    ('sft.py', 'add_noise', 'LLaDA masks each token of an answer with a probability t of its own '
+    ('sft.py', 'draw_masks', 'LLaDA masks each token of an answer with a probability t of its own '
      'answer (d1, Algorithm 2).', 'One random start; t of row i is i/B further on, modulo 1.'),
     ('sft.py', 'masked_loss', 'The cross-entropy of the masked tokens, weighed by 1/t, so that '
      'every token counts the same in expectation.', 'One line.'),
@@ -120,15 +120,15 @@ def test_completion_mask():
     assert found.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
 
 
-def test_add_noise():
-    from sft import add_noise
+def test_draw_masks():
+    from sft import draw_masks
     answers = torch.full((8, 5000), 7)
-    noisy, masked, t = add_noise(answers, 1, torch.Generator().manual_seed(0))
-    assert torch.equal(noisy == 1, masked) and (noisy[~masked] == 7).all()
+    masked, t = draw_masks(answers, torch.Generator().manual_seed(0))
+    assert masked.shape == answers.shape and masked.dtype == torch.bool
     assert t.shape == (8, 1) and (masked.float().mean(1, keepdim=True) - t).abs().max() < 0.03
     gaps = t.flatten().sort().values.diff()
     close(gaps, torch.full((7,), 1 / 8))         # evenly spread
-    low = add_noise(answers, 1, torch.Generator().manual_seed(0), t_min=0.5)[2]
+    low = draw_masks(answers, torch.Generator().manual_seed(0), t_min=0.5)[1]
     assert low.min() >= 0.5 and low.max() <= 1
 
 

@@ -151,7 +151,7 @@ def dose(args, base):
             parts = []
             for numbers in (range(100), range(10_000, 10_200)):  # the SFT set, and held out
                 traces = [clean_trace(random_stream('sft', i)) for i in numbers]
-                pairs, _, _ = encode_traces(traces, tokenizer, 64, 32)
+                pairs, _ = encode_traces(traces, tokenizer, 64, 32)
                 parts.append(Traces(pairs, 32, 32, model.config, base, 'cpu'))
             with tempfile.TemporaryDirectory() as settings.folder:
                 if steps:

@@ -30,7 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TARGETS = {
     'loglik.py': (None, ['test_loglik.py', 'test_grpo.py']),
     'grpo.py': (None, ['test_grpo.py', 'test_train.py', 'test_distributed.py']),
-    'sft.py': (['add_noise', 'masked_loss', 'sft_loss', 'add_base_noise'],
+    'sft.py': (['draw_masks', 'masked_loss', 'sft_loss', 'draw_base_masks'],
                ['test_sft.py', 'test_train.py']),
     'sample.py': (['choose', 'commit_counts', 'generate_plain', 'generate', 'denoise', 'to_commit',
                    'predict', 'leave_out'],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import rewards
 import train
-from model import LLaDA, add_lora, load_adapter, merge_lora, save_adapter
+from model import LLaDA, add_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from test_train import run, saved_model, varied_grade
 from tiny import tiny, tokens
 
@@ -57,6 +57,28 @@ def test_names_ranks_and_numbers_are_those_of_peft(tmp_path):
         name = f'blocks.1.{layer}.weight'
         after = model.state_dict()[name]
         torch.testing.assert_close(before[name] + delta, after, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_qwen3s_adapters_are_read_back_one_after_the_other(tmp_path):
+    def model():
+        return tiny(layout='qwen3', qk_norm=True)
+    ids, first, second, both = tokens(2, 9), model(), model(), model()
+    for seed, (trained, rank, targets) in enumerate([(first, 4, ('q_proj', 'ff_proj')),
+                                                     (second, 2, ('ff_proj', 'attn_out'))]):
+        add_lora(trained, rank, 16, targets, seed)
+        for layer in lora_layers(trained):
+            layer.lora_b += 0.1
+        save_adapter(tmp_path / str(seed), trained, '')
+        load_adapter(tmp_path / str(seed), both)
+    save_adapter(tmp_path / 'both', both, '')
+    again = model()
+    load_adapter(tmp_path / 'both', again)
+    torch.testing.assert_close(again(ids), both(ids), atol=1e-5, rtol=1e-5)
+    alone = model()
+    load_adapter(tmp_path / '0', alone)
+    torch.testing.assert_close(alone(ids), first(ids), atol=1e-5, rtol=1e-5)
+    assert (both(ids) - alone(ids)).abs().max() > 0.01
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):

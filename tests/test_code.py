@@ -354,11 +354,16 @@ def test_the_name_of_an_exception_makes_an_exception_and_runs_nothing(error, rai
 @pytest.mark.parametrize('line', [
     b'["", {"tuple": 2}]', b'["", {"eval": "1"}]', b'["", {"int": "zz"}]', b'["", {}]',
     b'["", {"dict": [[[], 1]]}]', b'["", {"set": [[]]}]', b'["", {"complex": [1, 2, 3]}]',
-    b'["", {"int": "2", "tuple": []}]', b'["", 2, 3]', b'[""]', b'2', b'{}', b'["", 2', b'',
-    b'["", "' + b'a' * (1 << 24) + b'"]', b'[' * 20_000, b'9' * 20_000, b'["", "\xff"]'],
+    b'["", {"set": [], "tuple": []}]', b'["", 2, 3]', b'[""]', b'2', b'{}', b'["", 2', b'',
+    b'[' * 20_000, b'9' * 20_000, b'["", "\xff"]'],
     ids=lambda line: repr(line[:30]))
 def test_a_line_that_breaks_the_protocol_voids_every_test(line):
     assert run_tests(forged(line + b'\n'), ['pass', 'pass', 'f(1)']) == 0
+
+
+def test_an_endless_line_voids_every_test():
+    code = forged(b'["", 2]\n').replace("b'[", "b'[' + b' ' * (1 << 24) + b'")
+    assert b'1 << 24' in code.encode() and run_tests(code, ['pass', 'pass', 'f(1)']) == 0
 
 
 def test_a_forged_value_is_a_value_like_any_other():
@@ -395,13 +400,22 @@ def same(a, b):
     return type(a) is type(b) and (a == b if type(a) is int else repr(a) == repr(b))
 
 
+@pytest.fixture
+def all_digits():
+    """As in the child, integers have no limit of digits."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    yield
+    sys.set_int_max_str_digits(limit)
+
+
 @pytest.mark.parametrize('text', VALUES)
-def test_plain_data_crosses_unchanged(text, tmp_path):
+def test_plain_data_crosses_unchanged(text, tmp_path, all_digits):
     """The child's functions run in this process too: step through them in a debugger."""
     value = eval(text, dict(inf=math.inf, nan=math.nan))
     with open(tmp_path / 'wire', 'wb') as file:
-        rewards.send(file, rewards.pack('', value))
-        rewards.send(file, rewards.pack(value))
+        file.write(rewards.pack('', value))
+        file.write(rewards.pack(value))
     with open(tmp_path / 'wire', 'rb') as file:
         error, arrived = rewards.receive(file)
         [again] = rewards.receive(file)
@@ -418,9 +432,8 @@ def test_the_wire_is_one_line_of_json():
     assert rewards.to_plain({1: (2, {3})}) == {
         'dict': [{'tuple': [1, {'tuple': [2, {'set': [3]}]}]}]}
     assert rewards.pack('', b'\xff\n', 2 ** 64, 1j) == (
-        b'["", {"bytes": "ff0a"}, {"int": "10000000000000000"}, {"complex": [0.0, 1.0]}]\n')
-    assert rewards.from_plain({'int': '-10'}) == -16
-    for bad in ({}, {'eval': '1'}, {'int': '1', 'set': []}):
+        b'["", {"bytes": "ff0a"}, 18446744073709551616, {"complex": "1j"}]\n')
+    for bad in ({}, {'eval': '1'}, {'tuple': [], 'set': []}):
         with pytest.raises((KeyError, ValueError)):
             rewards.from_plain(bad)
     for unplain in (object(), print, int, range(3), iter([]), bytearray(b'a')):

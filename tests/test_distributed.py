@@ -18,7 +18,7 @@ from test_train import (ROOT, SMALL, results, rows, saved_model, stop, varied_gr
 
 KINDS = {'lora': ['--lora_rank', '4'], 'all': []}
 # Shares that are not even: 3 test problems one at a time; forward passes of 2 sequences and 1.
-FLAGS = [*SMALL, '--eval_lengths', '8', '--eval_batch', '1', '--sft_batch', '6',
+FLAGS = [*SMALL, '--eval_lengths', '8,16', '--eval_batch', '1', '--sft_batch', '6',
          '--micro_batch', '2', '--num_generations', '4']
 
 

@@ -355,6 +355,13 @@ def test_code_rows_of_three_data_sets_become_tests(row, tests):
     assert 'double' in example['question']               # the name that the tests call
 
 
+def test_a_function_may_be_named_like_one_of_pythons_own():
+    row = dict(text='Add.', test_list=['assert sum(1, 2) == 3'], code='def sum(a, b): return a + b')
+    example = TASKS['code'].from_row(row)
+    assert TASKS['code'].correct(tagged(row['code']), example)
+    assert not TASKS['code'].correct(tagged('def sum(a, b): return a'), example)
+
+
 @pytest.mark.parametrize('change', [
     'def test_three():\n    pytest.raises(ValueError)', 'def test_three(fixture): pass'])
 def test_kodcode_tests_that_need_more_of_pytest_are_left_out(change):

@@ -353,7 +353,7 @@ def test_shuffled_gives_all_once_in_an_order_of_the_epoch_and_the_key():
 def test_the_script_shows_a_completion_of_the_newest_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError):
-        sample.newest_model('out')
+        sample.newest_model()
     for part in load('nano'):
         part.save_pretrained(tmp_path / 'out/run/model')
 

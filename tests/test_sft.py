@@ -13,7 +13,7 @@ import rewards
 import sft
 import train
 from model import LLaDA, nano_tokenizer
-from sft import Batch, Corpus, Traces, add_base_noise, add_noise, masked_loss, sft_loss
+from sft import Batch, Corpus, Traces, draw_base_masks, draw_masks, masked_loss, sft_loss
 from tiny import EOS, GOLDEN, MASK, V, says, tiny, tokens
 
 
@@ -56,7 +56,7 @@ def test_loss_by_hand():
 
 def test_t_is_uniform_in_every_row_never_zero_and_spread_over_the_batch():
     answers, g = torch.zeros(4, 1, dtype=torch.long), generator()
-    t = torch.cat([add_noise(answers, MASK, g)[2] for _ in range(2000)], dim=1)      # (4, 2000)
+    t = torch.cat([draw_masks(answers, g)[1] for _ in range(2000)], dim=1)      # (4, 2000)
     assert t.min() > 0 and t.max() <= 1
     for row in t:
         counts = (row * 10).clamp(max=9.999).long().bincount(minlength=10)
@@ -68,9 +68,7 @@ def test_t_is_uniform_in_every_row_never_zero_and_spread_over_the_batch():
 
 def test_every_token_is_masked_on_its_own_with_probability_t():
     answers = tokens(6, 4000)
-    noisy, masked, t = add_noise(answers, MASK, generator())
-    assert torch.equal(noisy, answers.where(~masked, torch.tensor(MASK)))
-    assert (answers != MASK).all(), 'the answers themselves stay'
+    masked, t = draw_masks(answers, generator())
     assert (masked.float().mean(1, keepdim=True) - t).abs().max() < 4 * (0.25 / 4000) ** 0.5
     pairs = (masked[:, 1:] & masked[:, :-1]).float().mean(1, keepdim=True)
     assert (pairs - t ** 2).abs().max() < 4 * 0.5 / 4000 ** 0.5
@@ -78,7 +76,7 @@ def test_every_token_is_masked_on_its_own_with_probability_t():
 
 def test_noise_comes_from_its_generator_only():
     state = torch.random.get_rng_state()
-    first, same, other = (add_noise(tokens(3, 50), MASK, generator(seed))[0] for seed in (0, 0, 1))
+    first, same, other = (draw_masks(tokens(3, 50), generator(seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -96,7 +94,7 @@ class Fixed:
         self.bad = bad
         answers = sft.right_pad([answer for _, answer in PAIRS], L, EOS, 'cpu')
         self.one = Batch([prompt for prompt, _ in PAIRS], answers,
-                         *add_noise(answers, MASK, generator()))
+                         *draw_masks(answers, generator()))
 
     def batch(self, step):
         t = self.one.t
@@ -133,7 +131,8 @@ def test_the_gradient_is_that_of_sft_loss_however_the_batch_is_cut(tmp_path, mic
     optimizer, log = trained(tmp_path, model, data, 1, '--micro_batch', str(micro_batch))
     hook.remove()
     assert max(sizes) == min(micro_batch, 6) and sum(sizes) == 6
-    for prompt, answer, noisy, masked, t in zip(*data.one):
+    for prompt, answer, masked, t in zip(*data.one):
+        noisy = answer.where(~masked, torch.tensor(MASK))
         ids = torch.cat((torch.tensor(prompt), noisy))[None]
         labels = torch.full_like(ids, -100)
         labels[0, len(prompt):][masked] = answer[masked]
@@ -188,7 +187,7 @@ def test_traces_give_every_pair_once_per_epoch():
     assert order[:12] != order[12:]
     for batch in batches:
         assert batch.answers.tolist() == [[i, i, EOS] for [i] in batch.prompts]
-        assert torch.equal(batch.noisy, batch.answers.masked_fill(batch.masked, MASK))
+        assert batch.masked.shape == batch.answers.shape and batch.masked.any()
     assert torch.equal(traces.batch(2).t, batches[2].t)
     other = Traces(pairs, 4, 3, config, 1, 'cpu').batch(2)
     for unlike in (other, batches[1]):
@@ -197,8 +196,8 @@ def test_traces_give_every_pair_once_per_epoch():
 
 def test_traces_that_are_too_long_are_dropped_or_cut_and_counted():
     traces = [('x\n\nSolve 1', '1 2 3'), ('x\n\n' + 'Solve ' * 50, '1'), ('x\n\nSolve 2', '1')]
-    pairs, dropped, cut = sft.encode_traces(traces, nano_tokenizer(), 10, 2)
-    assert (dropped, cut) == (1, 1)
+    pairs, cut = sft.encode_traces(traces, nano_tokenizer(), 10, 2)
+    assert cut == 1
     assert [len(answer) for _, answer in pairs] == [2, 1]
 
 
@@ -256,12 +255,23 @@ def test_the_corpus_has_sums_a_textbook_and_late_people():
     assert all('<reasoning>' in answer for prompt, answer in early if prompt)
 
 
+@pytest.mark.parametrize('tasks', [1, 2, 3, 4, 5])
+def test_every_task_has_an_equal_share_of_the_texts(tasks, monkeypatch):
+    texts = Corpus(dict.fromkeys('abcde'[:tasks]), None, 0, 100, 32, None)
+    seen = []
+    monkeypatch.setattr(texts, 'sums', lambda rng: '')
+    monkeypatch.setattr(texts, 'example', lambda task, rng: seen.append(task))
+    monkeypatch.setattr(sft, 'worked', lambda example: None)
+    for i in range(80):
+        texts.text(0, i)
+    assert [seen.count(task) for task in 'abcde'[:tasks]] == [60 / tasks] * tasks
+
+
 def test_a_batch_of_the_corpus_has_a_length_of_its_own_and_no_weights():
     lengths = {corpus().batch(step).answers.size(1) for step in range(30)}
     assert lengths == {32, 48, 64}
     batch, equals = corpus().batch(0), nano_tokenizer().convert_tokens_to_ids('=')
-    assert (batch.t == 1).all() and torch.equal(batch.noisy, corpus().batch(0).noisy)
-    assert torch.equal(batch.noisy, batch.answers.masked_fill(batch.masked, MASK))
+    assert (batch.t == 1).all() and torch.equal(batch.masked, corpus().batch(0).masked)
     for row in range(0, 40, 4):                                  # sums: what follows a = is masked
         after = (batch.answers[row] == equals).nonzero().flatten() + 1
         assert batch.masked[row].nonzero().flatten().tolist() == after.tolist()
@@ -269,7 +279,7 @@ def test_a_batch_of_the_corpus_has_a_length_of_its_own_and_no_weights():
 
 def test_base_noise_is_half_sfts_and_half_what_the_sampler_sees():
     ends = torch.full((4000,), 20)
-    masked = add_base_noise(torch.zeros(4000, 32, dtype=torch.long), ends, MASK, generator())
+    masked = draw_base_masks(torch.zeros(4000, 32, dtype=torch.long), ends, generator())
     even, odd = masked[::2], masked[1::2]
     assert even.float().mean(1).min() > 0.05                     # t ~ U(0.3, 1)
     assert abs(even.float().mean() - 0.65) < 0.02 and abs(even[:, 0].float().mean() - 0.65) < 0.03
