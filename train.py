@@ -628,7 +628,7 @@ TASK_PRESETS = {
 }
 # Real text is longer than the built-in problems.
 NANO_DATA_PRESET = dict(gen_length=48, steps=24, sft_length=48, eval_lengths='24,48,96',
-                        max_prompt=128, base_steps=300, learning_rate=1e-4)
+                        max_prompt=128, base_steps=1500, learning_rate=1e-4)
 CHOICES = dict(norm=('token', 'sequence'), kl=('k3', 'k2'), dtype=('float32', 'bfloat16'),
                estimator=('one_step', 'coupled', 'stepmerge', 'ar', 'elbo'),
                loss=('grpo', 'espo', 'stable', 'wd1'), stages=('sft,grpo', 'grpo', 'sft'),
