@@ -1,8 +1,8 @@
-"""The LLaDA transformer: a Llama without the causal mask; its folder layout, LoRA, the nano model.
+"""The LLaDA transformer: a Llama without the causal mask; folder layouts, LoRA, the nano model.
 
 Names of modules are those of the published checkpoint (GSAI-ML/LLaDA-8B-Instruct), so that loading
-is a prefix strip and a strict comparison. The network maps token ids, some of them the mask, to
-logits at every position at once (LLaDA, arXiv 2502.09992, section 2).
+it is a prefix strip and a strict comparison; Qwen3's go through a table. The network maps token
+ids, some of them the mask, to logits at every position (LLaDA, arXiv 2502.09992, section 2).
 """
 import contextlib
 import json
@@ -156,10 +156,10 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask=None, positions=None, cache=None, start=0):
         """x (B, T, d) -> (B, T, d), or only positions (B, n) of it: (B, n, d).
 
-        cache: the layer's keys and values (B, nh, all, hs); those from `start` on are renewed.
+        cache: the layer's keys and values (B, nkv, all, hs); those from `start` on are renewed.
         """
         h = self.attn_norm(x)
-        k = rotate(self.k_norm(self.heads(self.k_proj(h))), cos, sin)        # (B, nh, T, hs)
+        k = rotate(self.k_norm(self.heads(self.k_proj(h))), cos, sin)        # (B, nkv, T, hs)
         v = self.heads(self.v_proj(h))
         if positions is not None:       # keys come from everywhere, queries from where we are asked
             x, h = pick(x, positions), pick(h, positions)
@@ -186,7 +186,7 @@ class LLaDA(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.compute_dtype = None       # bfloat16: compute in it although the weights are float32
+        self.compute_dtype = None       # to compute in, whatever the weights are; None = as those
         self.merged = {}                # the adapters that merge_lora has folded into the weights
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -236,7 +236,7 @@ class LLaDA(nn.Module):
         return -F.cross_entropy(logits, targets, reduction='none')
 
     def new_cache(self, B, T):
-        """Room for the keys and values of T positions: per layer (2, B, nh, T, hs)."""
+        """Room for the keys and values of T positions: per layer (2, B, nkv, T, hs)."""
         shape = (2, B, self.config.n_kv_heads, T, self.config.head_dim)
         return [self.wte.weight.new_zeros(shape, dtype=self.compute_dtype) for _ in self.blocks]
 
@@ -468,7 +468,7 @@ ARCHITECTURE = dict(
     block_group_size=1, block_type='llama', include_bias=False, include_qkv_bias=False,
     input_emb_norm=False, layer_norm_type='rms', layer_norm_with_affine=True, model_type='llada',
     rope=True, rope_full_precision=True, scale_logits=False, weight_tying=False,
-    attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)
+    attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)      # there is none here
 
 
 def read_json(folder, name):
@@ -551,8 +551,8 @@ def save_tokenizer(folder, tokenizer, source):
 
 # ---- the nano model: everything made in code ----
 
-TAGS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n', '<answer>\n',
-        '\n</answer>', '\\boxed{']
+TAG_TOKENS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n',
+              '<answer>\n', '\n</answer>', '\\boxed{']
 # Whole words of the nano tokenizer, the commonest of grade-school problems; all else is bytes.
 WORDS = '''
 the of to and a is in for total has he many are she each number How as on that will his her x per
@@ -597,7 +597,7 @@ def nano_tokenizer():
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, 'isolated'), spell])
     t.decoder = decoders.ByteLevel()
     t.add_special_tokens(special)
-    t.add_tokens(TAGS)
+    t.add_tokens(TAG_TOKENS)
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=special[0], pad_token=special[0],
                                    mask_token=special[1], chat_template=CHAT_TEMPLATE)
 

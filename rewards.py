@@ -636,7 +636,8 @@ def load_examples(task_name, source='', split='train'):
     Raises ValueError, in one line, when there are none.
     """
     task = TASKS[task_name]
-    sources = task.datasets[split != 'train']
+    train, test = task.datasets
+    sources = train if split == 'train' else test
     if source:
         sources = [source if isinstance(source, tuple) else (source,)]
     if not sources:
@@ -747,8 +748,8 @@ def may_compile(code):
     head = code[:COMPILED_HERE]
     if 'finally' in head:    # the compiler's time doubles with each finally inside another
         return True
+    warnings.filterwarnings('ignore', module='<completion>')
     try:
-        warnings.filterwarnings('ignore', module='<completion>')
         compile(head, '<completion>', 'exec', dont_inherit=True)
     except Exception as e:   # SyntaxError, ValueError (NUL), MemoryError and RecursionError, ...
         was_cut = head != code                       # then the rest may mend it, but for nesting
@@ -796,15 +797,16 @@ def lock_kernel():
         return
     import ctypes
     import struct
-    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06       # of the filter's code
+    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06       # linux/filter.h
     kill, allow, no_such_call = 0x80000000, 0x7FFF0000, 0x50026
 
     def rule(code, k, yes=0, no=0):                  # yes, no: how many rules to skip
         return struct.pack('HBBI', code, yes, no, k)
+    # load reads seccomp_data: 0 = the call, 4 = the machine, 16 + 8 i = argument i
     program = [rule(load, 4),                        # the machine: 64-bit calls only
                rule(equal, 0xC000003E, 1),
                rule(end, kill),
-               rule(load, 0),                        # the call's number; those are younger:
+               rule(load, 0),                        # the call's number; from 332 on: no such call
                rule(at_least, 332, 0, 1),
                rule(end, no_such_call)]
     for call in (16, 72, 157, 291):                  # ioctl fcntl prctl epoll_create1
@@ -840,7 +842,7 @@ def add_audit_hook(die=os._exit, kind=type, text=str, integer=int):
         os.scandir os.putenv os.unsetenv builtins.input builtins.input/result'''.split())
     banned = frozenset('''ctypes _ctypes _posixsubprocess _interpreters _xxsubinterpreters
         _testcapi'''.split())
-    library = tuple(folder + '/' for folder in sys.path if folder)
+    library = tuple(folder + '/' for folder in sys.path if folder)           # '' would be all files
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def hook(event, args):   # exact types only: a method of the completion's would run in here
@@ -873,7 +875,7 @@ def run_untrusted(code, seconds, calls, replies):
         lock_kernel()
     except (ImportError, OSError, AttributeError):
         pass                                         # an interpreter without ctypes
-    for name in list(sys.modules):
+    for name in list(sys.modules):                   # to import it again is an event: see the hook
         if 'ctypes' in name:
             del sys.modules[name]
     sys.modules['readline'] = None                   # it handles signals and files, unseen
@@ -925,7 +927,7 @@ def child_main():
 def run_trusted(child, seconds, source, calls, replies, verdicts):
     """The tests' process: reads them from source, and writes 1 per test passed, ! for a breach."""
     def finish(*_):          # all done, or the alarm: tests without their turn count as failed
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)      # no alarm in the middle of this
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os._exit(0)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import memory
 import model as model_module
-from model import (ARCHITECTURE, PREFIX, TAGS, Config, LLaDA, add_lora, load, lora_layers,
+from model import (ARCHITECTURE, PREFIX, TAG_TOKENS, Config, LLaDA, add_lora, load, lora_layers,
                    lora_off, merge_lora)
 from tiny import GOLDEN, SHARED, V, assert_same, gradients, left_pad, needs_shared, tiny, tokens
 
@@ -307,7 +307,7 @@ def nano():
 def random_text(rng):
     """Any characters of UTF-8, often those that the tokenizer treats in its own way."""
     pieces = [*'0123456789 \n\t\r\x0b\xa0\u3000+-*/=().,?$\x00\x7féßÖЖ中日한ع²½٣३🙂', '👩\u200d🔬',
-              'e\u0301', *TAGS, 'the', ' the', ' .', "n't", '<answer', '07', '100', '<|mask|>']
+              'e\u0301', *TAG_TOKENS, 'the', ' the', ' .', "n't", '<answer', '07', '100', '<|mask|>']
     text = ''
     for _ in range(rng.randrange(40)):
         text += rng.choice([rng.choice(pieces), chr(rng.randrange(0xD800))])
@@ -325,7 +325,7 @@ def test_any_text_survives_the_nano_tokenizer(nano):
 
 def test_tags_numbers_and_words_are_single_tokens(nano):
     _, tokenizer = nano
-    for text in [*TAGS, *map(str, range(100)), '07', ' apples', 'How']:
+    for text in [*TAG_TOKENS, *map(str, range(100)), '07', ' apples', 'How']:
         assert len(tokenizer(text)['input_ids']) == 1, text
     ids = tokenizer('<reasoning>\n3*4=12\n</reasoning>\n<answer>\n12\n</answer>')['input_ids']
     assert [tokenizer.decode([i]) for i in ids] == [
