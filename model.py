@@ -33,8 +33,8 @@ class Config:
     max_sequence_length: int = 512
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
-    mask_token_id: int = 1
-    eos_token_id: int = 0
+    mask_id: int = 1
+    eos_id: int = 0
     head_dim: int = 0                   # hs; 0 = d_model / n_heads
     qk_norm: bool = False               # RMSNorm of queries and keys per head (Qwen3)
     weight_tying: bool = False          # the LM head is the embedding
@@ -43,16 +43,8 @@ class Config:
     end_ids: tuple = ()                 # all ids that end a completion: eos, the chat's end of turn
 
     def __post_init__(self):
-        self.end_ids = self.end_ids or (self.eos_token_id,)
+        self.end_ids = self.end_ids or (self.eos_id,)
         self.head_dim = self.head_dim or self.d_model // self.n_heads
-
-    @property
-    def mask_id(self):
-        return self.mask_token_id
-
-    @property
-    def eos_id(self):
-        return self.eos_token_id
 
     @classmethod
     def from_dict(cls, keys):
@@ -82,9 +74,9 @@ class Config:
         for name, file in keys.get('auto_map', {}).items():
             if '--' not in file:        # its files stay behind: name the repository that has them
                 keys['auto_map'] = {**keys['auto_map'], name: f'{REMOTE_CODE}--{file}'}
-        own = {name: getattr(self, name) for name in LLADA_KEYS}
+        own = {theirs: getattr(self, ours) for ours, theirs in LLADA_KEYS.items()}
         return {**ARCHITECTURE, 'architectures': ['LLaDAModelLM'], **keys, **own,
-                'vocab_size': self.embedding_size, 'pad_token_id': self.eos_token_id}
+                'vocab_size': self.embedding_size, 'pad_token_id': self.eos_id}
 
     def tensor_name(self, name):
         """What the weight files call our tensor."""
@@ -445,13 +437,13 @@ def load_adapter(folder, model):
 
 PREFIX = 'model.transformer.'            # in front of every tensor's name in LLaDA's files
 LLADA_KEYS = {name: name for name in '''d_model n_heads n_kv_heads n_layers mlp_hidden_size
-    embedding_size max_sequence_length rope_theta rms_norm_eps mask_token_id eos_token_id
-    '''.split()}
+    embedding_size max_sequence_length rope_theta rms_norm_eps'''.split()}
+LLADA_KEYS |= dict(mask_id='mask_token_id', eos_id='eos_token_id')
 QWEN3_KEYS = dict(
     d_model='hidden_size', n_heads='num_attention_heads', n_kv_heads='num_key_value_heads',
     n_layers='num_hidden_layers', mlp_hidden_size='intermediate_size', embedding_size='vocab_size',
     max_sequence_length='max_position_embeddings', rope_theta='rope_theta',
-    rms_norm_eps='rms_norm_eps', mask_token_id='mask_token_id', eos_token_id='eos_token_id',
+    rms_norm_eps='rms_norm_eps', mask_id='mask_token_id', eos_id='eos_token_id',
     head_dim='head_dim', weight_tying='tie_word_embeddings')
 QWEN3_DEFAULTS = dict(mask_token_id=151669, eos_token_id=151645)     # <|mask|>, <|im_end|>
 QWEN3_NAMES = {
@@ -503,8 +495,7 @@ def load(name, dtype=torch.float32, device='cpu', seed=0):
     """model, tokenizer of 'nano' (new weights, made from seed), a folder or a hub id."""
     if name == 'nano':
         tokenizer = nano_tokenizer()
-        config = Config(mask_token_id=tokenizer.mask_token_id,
-                        eos_token_id=tokenizer.eos_token_id,
+        config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
                         embedding_size=len(tokenizer), rest=dict(nano=True))
         model = number_waves(LLaDA(config).init_weights(seed), tokenizer)
         return model.to(device, dtype), tokenizer

@@ -91,7 +91,7 @@ def build(section, case, V, L, quick, against=''):
     from loglik import random_prompt_mask
     from model import Config, LLaDA
     B, P, size = (2, 8, SMALL_MODEL) if quick else (4, 64, MODEL)
-    model = LLaDA(Config(**size, embedding_size=V, mask_token_id=V - 1, eos_token_id=V - 2)).eval()
+    model = LLaDA(Config(**size, embedding_size=V, mask_id=V - 1, eos_id=V - 2)).eval()
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         if p.dim() == 2:                         # large weights, so that it has opinions

@@ -45,8 +45,8 @@ ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu} --grpo_steps {steps}{flag
              for kind, flag in (('random', ''), ('fixed', ' --fixed_mask'))}
 ABLATIONS |= {f'pmask{p}': f'--p_mask_prompt {p}' for p in (0, 0.3, 0.5, 0.7)}
 ABLATIONS |= {f'temperature{t}': f'--temperature {t}' for t in (0.6, 1.2)}
-ABLATIONS |= {'std': '--divide_by_std', 'sequence': '--norm sequence', 'epsilon0.2': '--epsilon 0.2',
-              'length64': '--gen_length 64 --steps 32 --grpo_steps 24'}
+ABLATIONS |= {'std': '--divide_by_std', 'sequence': '--norm sequence',
+              'epsilon0.2': '--epsilon 0.2', 'length64': '--gen_length 64 --steps 32 --grpo_steps 24'}
 METHODS = {
     'stable': '--loss stable',
     'wd1': '--loss wd1 --grpo_steps 48',

@@ -24,7 +24,7 @@ from sft import masked_loss
 
 QWEN3 = dict(layout='qwen3', d_model=1024, n_heads=16, n_kv_heads=8, n_layers=28, head_dim=128,
              mlp_hidden_size=3072, embedding_size=151936, rope_theta=1e6, qk_norm=True,
-             weight_tying=True, mask_token_id=151669, eos_token_id=151645, rms_norm_eps=1e-6)
+             weight_tying=True, mask_id=151669, eos_id=151645, rms_norm_eps=1e-6)
 TINY = dict(d_model=64, n_heads=2, n_kv_heads=2, n_layers=2, mlp_hidden_size=128,
             embedding_size=1000)
 SIZES = dict(G=6, P=200, L=256, steps=128, block_length=32, sft_length=3584)

@@ -29,7 +29,7 @@ torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True     # every
 # GSAI-ML/LLaDA-8B-Instruct
 CONFIG = dict(d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, mlp_hidden_size=12288,
               embedding_size=126464, max_sequence_length=4096, rope_theta=500000.0,
-              mask_token_id=126336, eos_token_id=126081)
+              mask_id=126336, eos_id=126081)
 
 
 def storages(tree):

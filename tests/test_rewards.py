@@ -501,7 +501,7 @@ def scored(task, *paths):
     runpy.run_path(str(ROOT / 'rewards.py'), run_name='__main__')
 
 
-def test_the_command_scores_generations_with_and_without_our_token_counts(tmp_path, monkeypatch, capsys):
+def test_generations_are_scored_with_and_without_our_token_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [])
     ours = [dict(question='q', generations=tagged(a), ground_truth=18.0, effective_tokens=20 + a)
             for a in (18, 18, 18, 10)]

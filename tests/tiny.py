@@ -16,7 +16,7 @@ V, MASK, EOS = 40, 1, 0
 def tiny(seed=0, **keys):
     """A LLaDA of 2 layers, fewer key than query heads, weights so large that it has opinions."""
     keys = dict(d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48,
-                embedding_size=V, mask_token_id=MASK, eos_token_id=EOS) | keys
+                embedding_size=V, mask_id=MASK, eos_id=EOS) | keys
     model = LLaDA(Config(**keys))
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
