@@ -209,7 +209,8 @@ class LLaDA(nn.Module):
         not grow with B x L x V.
         """
         B, L = targets.shape
-        last = torch.arange(ids.size(1) - L, ids.size(1), device=ids.device)
+        T = ids.size(1)
+        last = torch.arange(T - L, T, device=ids.device)
         h = self.hidden(ids, attention_mask, last.expand(B, L))              # (B, L, d)
         if scored is None:
             scored = torch.ones_like(targets, dtype=torch.bool)
@@ -320,7 +321,8 @@ def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), 
             layer.lora_on = True
             layer.lora_scale = alpha / rank
             bound = 1 / math.sqrt(layer.in_features)
-            a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=g)
+            a = torch.empty(rank, layer.in_features)
+            a.uniform_(-bound, bound, generator=g)
             b = torch.zeros(layer.out_features, rank)            # the first output is W x
             layer.lora_a = nn.Parameter(a.to(model.device))      # float32, whatever W is
             layer.lora_b = nn.Parameter(b.to(model.device))
@@ -574,7 +576,8 @@ def nano_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [str(n) for n in range(10, 100)] + [f'0{n}' for n in range(10)]
+    words = [str(n) for n in range(10, 100)]
+    words += [f'0{n}' for n in range(10)]
     for word in WORDS:
         words += [word, ' ' + word]
     words = [spell.pre_tokenize_str(word)[0][0]                      # in GPT-2's signs of bytes

@@ -267,7 +267,8 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
 
     group = groups[0]                            # prompt 0 of the iteration is process 0's
     question, text = group.example['question'], group.texts[0]
-    reward, tokens = group.rewards[0].item(), group.completion_mask[0].sum().item()
+    reward = group.rewards[0].item()
+    tokens = group.completion_mask[0].sum().item()
     append(args, 'samples.jsonl', dict(stage='grpo', step=step, task=group.task, question=question,
                                        completion=text, answer=group.example['answer'],
                                        reward=reward, effective_tokens=tokens))
@@ -332,7 +333,9 @@ def test_sets(args, tokenizer):
             for source in hub:
                 name = f'{task}-{Path(source[0]).name}'
                 sets[name] = rewards.load_examples(task, source, 'test')
-    return {name: test_set(args, tokenizer, name, examples) for name, examples in sets.items()}
+    for name, examples in sets.items():
+        sets[name] = test_set(args, tokenizer, name, examples)
+    return sets
 
 
 def test_set(args, tokenizer, name, examples):
@@ -623,7 +626,8 @@ def save_model(folder, model, tokenizer, source):
 
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20)},      # a short first run
-    'LLaDA': {'math': dict(grpo_steps=550), 'countdown': dict(num_iterations=8, grpo_steps=625),
+    'LLaDA': {'math': dict(grpo_steps=550),
+              'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},
 }
 # Real text is longer than the built-in problems.
