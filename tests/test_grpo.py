@@ -305,6 +305,8 @@ def test_stable_drl_bounds_a_ratio_that_grpo_lets_through():
     loss, stats = stable_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)
     torch.testing.assert_close(loss, expected)
     assert stats == grpo_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)[1]
+    equal, _ = stable_loss(logps, old_logps, ref_logps, 0 * A, mask, 0.2, 0.1)
+    torch.testing.assert_close(equal, 0.1 * kl[mask].mean())
     assert stats['clip_high'] > 0 and stats['clip_low'] > 0
 
 

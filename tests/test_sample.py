@@ -152,6 +152,8 @@ def test_confidence_is_the_unscaled_probability_of_the_chosen_token():
         chosen, confidence = choose(logits.clone(), MASK, temperature, generators=streams(range(3)))
         expected = without_mask.softmax(-1).gather(-1, chosen[..., None])[..., 0]
         torch.testing.assert_close(confidence, expected)
+    greedy, _ = choose(logits, MASK)             # by default, without a generator
+    assert torch.equal(greedy, without_mask.argmax(-1))
 
 
 def test_random_confidence_is_uniform_and_the_token_still_the_best():
