@@ -62,9 +62,9 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     clip_low = (ratio < 1 - epsilon) & (A < 0)
     loss = masked_mean(beta * kl - objective, completion_mask, norm)
     stats = dict(ratio=ratio, clip_high=clip_high, clip_low=clip_low, kl=kl)
-    for name, values in stats.items():
-        stats[name] = masked_mean(values, completion_mask, norm).item()
-    return loss, stats
+    means = {name: masked_mean(values, completion_mask, norm).item()
+             for name, values in stats.items()}
+    return loss, means
 
 
 def masked_mean(values, mask, norm):

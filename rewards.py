@@ -326,7 +326,7 @@ EQUATION = re.compile('[-+*/() 0-9]{0,200}')  # short: small numbers, nesting a 
 
 
 def value_of(node):
-    """A syntax tree's exact value; its integers are added to the list `used`. Else KeyError."""
+    """The exact value of a syntax tree of + - * / and numbers; KeyError on anything else."""
     match node:
         case ast.Constant(number):
             return Fraction(number)
@@ -580,7 +580,7 @@ def read_rows(source, config=None, split=None):
             line = str(e).strip().partition('\n')[0]
             raise ValueError(f'{source} was not loaded ({line}): check the network, or give a '
                              'local file') from None
-    where, rows = '', []
+    where = ''
     try:
         opener = gzip.open if source.endswith('.gz') else open
         with opener(source, 'rt', encoding='utf-8-sig') as file:
@@ -592,6 +592,7 @@ def read_rows(source, config=None, split=None):
                 if isinstance(rows, dict):           # saved generations, as the official code has
                     rows = rows['generations']
                 return [dict(row) for row in rows]               # raises on what is no object
+            rows = []
             for i, line in enumerate(file, 1):
                 where = f'line {i}: '
                 if line.strip():
@@ -716,9 +717,10 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     """The share of `tests` (trusted sources) that the untrusted source `code` passes, 0 to 1.
 
     Answers within about timeout + 0.5 seconds and never raises; safe to call from many threads.
-    `setup` is trusted source that runs before the tests. A completion that writes, spawns, exits
-    or breaks the protocol gets 0; one that runs out of time keeps the tests it had passed. Only
-    functions of plain data can be tested: arguments and results are copies, None to dict.
+    `setup` is trusted source that runs before the tests and, in its own process, before the
+    completion. A completion that writes, spawns, exits or breaks the protocol gets 0; one that runs
+    out of time keeps the tests it had passed. Only functions of plain data can be tested: arguments
+    and results are copies, None to dict.
     """
     if not tests or len(code) > MAX_CODE or not may_compile(code):
         return 0.0
@@ -738,7 +740,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
             if child.returncode != 0:                # it did not get to kill the completion itself
                 try:
                     os.killpg(child.pid, signal.SIGKILL)
-                except OSError:              # it has none left
+                except OSError:                      # none is left
                     pass
     return 0.0 if b'!' in verdicts else verdicts.count(b'1') / len(tests)
 

@@ -293,7 +293,7 @@ def draw(path, panels, seconds=0.5):
     body, y = [], 10
     last = max(step for _, _, order in panels for step in order)
     total = seconds * (last + 6)                                 # the end stays for a while
-    # a sign is 8.4 wide at 14px; titles are the longest lines
+    # a sign is 8.4 wide at 14px; the titles are taken to be the longest lines
     right = 24 + 8.4 * max(len(title) for title, _, _ in panels)
     for title, pieces, order in panels:
         y += 22

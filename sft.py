@@ -159,7 +159,8 @@ def demonstration(example, rng):
     Most guessers go on with a remark. Without it nearly every text would end at once, and the
     sampler, which commits what is surest, would take the early end and never hear a thinker.
     """
-    question, share = example['question'], THINKING_SHARE.get(example.get('asker'), 0.35)
+    question = example['question']
+    share = THINKING_SHARE.get(example.get('asker'), 0.35)
     if rng.random() < share:
         return question, rewards.tagged(example['solution'], example['reply'])
     text = example['reply'] if rng.random() < 0.3 else example['wrong']
@@ -230,8 +231,9 @@ class Corpus:
         rng = random_stream(self.seed, 'corpus', step, i)
         if i % 4 == 0:
             return '', self.sums(rng)
+        # tasks take turns; of 2 or 4 tasks the sums would otherwise always take the turn of one
         tasks = list(self.rows)
-        shift = i // 4 if len(tasks) % 2 == 0 else 0     # or sums would always fall on the same one
+        shift = i // 4 if len(tasks) % 2 == 0 else 0
         example = self.example(tasks[(i + shift) % len(tasks)], rng)
         if step < 0.6 * self.steps or rng.random() < 0.5:
             return worked(example)

@@ -487,6 +487,11 @@ def gather(items):
     return [item for part in parts for item in part]
 
 
+def barrier():
+    """Waits until every process is here."""
+    gather([])
+
+
 def print0(text):
     if rank() == 0:
         tqdm.write(text)
@@ -793,7 +798,7 @@ def nano_base(args, tokenizer):
     for task, file in settings['data'].items():  # text that shows no steps is of no use here
         examples = rewards.load_examples(task, file, 'train')
         rows[task] = [example for example in examples if 'wrong' in example]
-    gather([])                                   # every process has looked before one writes
+    barrier()                                    # every process has looked before one writes
     finished = folder / 'model'
     if not finished.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -803,15 +808,17 @@ def nano_base(args, tokenizer):
         print0(f'pretraining a nano base of {num_weights:,} weights, kept in {finished}')
         matrices, others = [], []    # Muon is for matrices inside; embeddings, head, norms: AdamW
         for name, p in model.named_parameters():
-            is_matrix = 'blocks' in name and p.dim() == 2
-            (matrices if is_matrix else others).append(p)
+            if 'blocks' in name and p.dim() == 2:
+                matrices.append(p)
+            else:
+                others.append(p)
         optimizers = [torch.optim.Muon(matrices, 0.01, weight_decay=0.1, momentum=0.95),
                       torch.optim.AdamW(others, 1e-3, (0.9, 0.95), weight_decay=0.0)]
         corpus = Corpus(rows, tokenizer, settings['seed'], args.base_steps, args.gen_length,
                         model.config)
         train_sft(base, 'base', model, optimizers, corpus, args.base_steps)
         save_model(finished, model, tokenizer, 'nano')           # the tokenizer is ours
-    gather([])                                   # all wait for process 0
+    barrier()                                    # all wait for process 0
     return finished
 
 
@@ -887,7 +894,7 @@ def main(argv=None):
     traces = sft_data(args, tokenizer, model.config) if 'sft' in args.stages else None
     if args.model == 'nano':
         base_of(args)                            # complains, if it must, before we write
-    gather([])                                   # every process has looked before one writes
+    barrier()                                    # every process has looked before one writes
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     write_json(args, 'config.json', vars(args))
     if args.model == 'nano':
@@ -911,7 +918,7 @@ def main(argv=None):
     if args.stages:
         save_model(Path(args.folder, 'model'), model, tokenizer, args.model)
         keep_adapter(args, model, 'adapter')
-    gather([])                                   # process 0 has written its files
+    barrier()                                    # process 0 has written its files
     if args.compile:
         graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
         print0(f'{graphs} graphs were compiled for {len(model.blocks)} blocks')
