@@ -262,7 +262,7 @@ class LLaDA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id, dtype=torch.float32, device='cpu'):
-        """The model of a folder in the Hugging Face layout, or of a hub id; tensor by tensor.
+        """The model of a folder in the Hugging Face layout, or of a hub id.
 
         Raises ValueError, in one line, on a tensor or shard that is missing, extra or misshapen.
         """
