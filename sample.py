@@ -2,13 +2,14 @@
 
 A completion starts as gen_length masks. Blocks are filled from left to right; within a block every
 step predicts all masks at once and commits the predictions of which the model is surest.
-    python sample.py --task gsm8k       shows a text being denoised by the newest model in out/
+    python sample.py                    shows a text being denoised, by the newest model in out/ or,
+                                        before anything has been trained, by the nano base
+    python sample.py --model nano out/nano-gsm8k-grpo-seed0/model        before and after
     python sample.py --model GSAI-ML/LLaDA-8B-Instruct --prompt "How many legs do 3 cats have?"
 """
 import argparse
 import functools
 import hashlib
-import html
 import os
 import random
 import sys
@@ -18,36 +19,25 @@ import torch
 import torch.nn.functional as F
 
 
-def choose(logits, mask_id, temperature=0.0, remasking='low_confidence', generators=None,
-           num_masks=None):
+def choose(logits, temperature=0.0, generators=None, num_masks=None):
     """A token for every mask, and the model's confidence in it: logits (B, n, V) -> 2 x (B, n).
 
-    The token is the argmax of logits + temperature * Gumbel noise (float32: bfloat16 noise acts
-    like a lower temperature). The mask itself is never chosen. generators: one per row, so that
-    a completion does not depend on the rows beside it; None = torch's global one. num_masks: how
-    many of the n positions of each row are masks, the first ones; None = all.
+    The token is drawn from softmax(logits / temperature), as the argmax after Gumbel noise (in
+    float32: bfloat16 noise acts like a lower temperature). The confidence is its probability at
+    temperature 1. generators: one per row, so that a completion does not depend on the rows beside
+    it; None = torch's global one. num_masks: how many of its n positions, the first ones, are
+    masks in each row; None = all.
     """
     B, n, _ = logits.shape
     logits = logits.float()
-    logits[..., mask_id] = -torch.inf            # in the caller's tensor, too, if it is float32
-    generators = generators or [None] * B
-    num_masks = num_masks or [n] * B
     scores = logits
     if temperature > 0:
         noise = torch.ones_like(logits)
-        for row, masks, generator in zip(noise, num_masks, generators):
+        for row, generator, masks in zip(noise, generators or [None] * B, num_masks or [n] * B):
             row[:masks].exponential_(generator=generator)
         scores = logits / temperature - noise.log_()             # -log of an exponential is Gumbel
     tokens = scores.argmax(dim=-1)                               # (B, n)
-    if remasking == 'random':
-        confidence = torch.zeros(B, n, device=tokens.device)
-        for row, masks, generator in zip(confidence, num_masks, generators):
-            row[:masks].uniform_(generator=generator)
-        return tokens, confidence
-    if remasking == 'top_prob':                                  # whatever token was drawn
-        chosen = logits.amax(dim=-1)
-    else:
-        chosen = logits.gather(-1, tokens[..., None])[..., 0]    # (B, n)
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]        # (B, n)
     return tokens, (chosen - logits.logsumexp(dim=-1)).exp()
 
 
@@ -58,156 +48,74 @@ def commit_counts(block_length, steps):
 
 
 @torch.no_grad()
-def generate_plain(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0,
-                   remasking='low_confidence', generators=None):
-    """LLaDA's loop, to read: prompt_ids (B, P) -> completion_ids (B, L = gen_length).
-
-    generate below gives the same tokens up to each completion's end, sooner.
-    """
-    B, P = prompt_ids.shape
-    mask_id = model.config.mask_id
-    ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)      # (B, T): masks after the prompt
-    steps_per_block = steps * block_length // gen_length
-    for start in range(P, P + gen_length, block_length):
-        block = ids[:, start:start + block_length]               # a view: writing it writes ids
-        for count in commit_counts(block_length, steps_per_block):
-            masks = (block == mask_id).nonzero()[:, 1].view(B, -1)           # (B, n) positions
-            logits = model(ids)[:, start:start + block_length]               # (B, block_length, V)
-            logits = logits[torch.arange(B)[:, None], masks]                 # (B, n, V)
-            tokens, confidence = choose(logits, mask_id, temperature, remasking, generators)
-            surest = confidence.topk(count).indices                          # (B, count)
-            block.scatter_(1, masks.gather(1, surest), tokens.gather(1, surest))
-    return ids[:, P:]
-
-
-# ---- the same, fast: what training and evaluation use ----
-
 def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temperature=0.0,
-             cfg_scale=0.0, remasking='low_confidence', attention_mask=None, generators=None,
-             cache=False, threshold=0.0, order=None):
-    """Completions (B, L = gen_length) of prompt_ids (B, P) int64; eos after the block of an end.
+             cfg_scale=0.0, attention_mask=None, generators=None, cache=False, threshold=0.0):
+    """prompt_ids (B, P) int64 -> completion_ids (B, L = gen_length), commit_steps (B, L).
 
-    steps: over the whole completion; block_length and steps must fit gen_length, else ValueError.
-    attention_mask (B, P): True or 1 = real token, for prompts padded on the left.
-    generators: one torch.Generator per row. cfg_scale: classifier-free guidance (LLaDA, app.).
-    cache: keys and values outside the block are computed in its first step only; not exact.
-    threshold: commit every token of at least this confidence, and always one, instead of a fixed
-    number; 0 = off (Fast-dLLM, arXiv 2505.22618, has both).
-    order: a tensor (B, L) to be filled with the number of the step that committed each token.
-    """
-    if order is None:
-        order = prompt_ids.new_empty(len(prompt_ids), gen_length)
-    order.fill_(-1)
-    for step, ids in enumerate(denoise(
-            model, prompt_ids, gen_length, block_length, steps, temperature, cfg_scale, remasking,
-            attention_mask, generators, cache, threshold)):
-        completion_ids = ids[:, prompt_ids.size(1):]
-        order.masked_fill_((order < 0) & (completion_ids != model.config.mask_id), step)
-    order.clamp_(max=step - 1)                   # the last state adds eos only, and is no step
-    return completion_ids.clone()                # no inference tensor, so that gradients can use it
-
-
-@torch.inference_mode()
-def denoise(model, prompt_ids, gen_length, block_length, steps, temperature=0.0, cfg_scale=0.0,
-            remasking='low_confidence', attention_mask=None, generators=None, cache=False,
-            threshold=0.0):
-    """Yields the ids (B, T), some still masks, after every step; arguments as in generate.
-
-    Beside the plain loop: the LM head and the noise see the block's masks only; rows that have
-    ended are left out; with a cache or a threshold a step costs less, or fewer are needed.
+    commit_steps: the number of the step, from 0, that committed each token. After the block of its
+    first end a completion holds eos only, with the number of its last step.
+    steps: over the whole completion; ValueError if block_length and steps do not fit gen_length.
+    attention_mask (B, P): True or 1 = real token, for prompts padded on the left. generators: see
+    choose. cfg_scale: guidance (LLaDA, appendix). cache, threshold: see generate_fast.
     """
     check_lengths(gen_length, block_length, steps)
+    if cache or threshold:
+        assert not cfg_scale, 'guidance goes with the exact sampler only'
+        return generate_fast(model, prompt_ids, gen_length, block_length, steps, temperature,
+                             attention_mask, generators, cache, threshold)
     B, P = prompt_ids.shape
-    mask_id, device = model.config.mask_id, prompt_ids.device
-    end_ids = torch.tensor(model.config.end_ids, device=device)
-    counts = commit_counts(block_length, steps * block_length // gen_length)
-    ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)                  # (B, T)
-    if attention_mask is not None:
-        attention_mask = F.pad(attention_mask.bool(), (0, gen_length), value=True)
+    mask_id, eos_id = model.config.mask_id, model.config.eos_id
+    ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)      # (B, T): masks after the prompt
+    real = pad_mask(attention_mask, gen_length)                  # (B, T), or None
     generators = generators or [None] * B
-    unfinished = torch.arange(B, device=device)                  # rows without an end so far
-
-    for block_start in range(P, P + gen_length, block_length):
-        block = slice(block_start, block_start + block_length)
-        active = unfinished                                      # (R,) rows with masks in the block
-        masks_left = block_length                                # the most of any active row
-        step, kv = 0, None
-        if cache:
-            copies = 2 if cfg_scale else 1                       # see predict
-            kv = model.new_cache(copies * len(active), ids.size(1))
-        while masks_left:
-            is_mask = ids[active, block] == mask_id                          # (R, block_length)
-            masks_first = is_mask.byte().argsort(dim=1, descending=True, stable=True)
-            positions = masks_first[:, :masks_left]              # from left to right
-            is_mask = is_mask.gather(1, positions)                           # (R, n)
-            # with a cache the first step of a block sees all tokens, the others only the block
-            seen = block if cache and step else slice(0, ids.size(1))
-            logits = predict(model, ids[active, seen], positions + block_start - seen.start,
-                             None if attention_mask is None else attention_mask[active],
-                             kv, seen.start, P, cfg_scale)                   # (R, n, V)
-            num_masks = is_mask.sum(1).tolist()                  # with a threshold rows may differ
-            row_generators = [generators[row] for row in active.tolist()]
-            tokens, confidence = choose(logits, mask_id, temperature, remasking, row_generators,
-                                        num_masks)
-            commit = to_commit(confidence, is_mask, counts, step, threshold)
-            rows, columns = active[:, None], positions + block_start
-            ids[rows, columns] = tokens.where(commit, ids[rows, columns])
-            yield ids
+    commit_steps = torch.zeros_like(ids)                         # (B, T)
+    step = 0
+    rows = torch.arange(B, device=ids.device)                    # (R,): those without an end so far
+    for start in range(P, P + gen_length, block_length):
+        stop = start + block_length
+        for count in commit_counts(block_length, steps * block_length // gen_length):
+            is_mask = ids[rows, start:stop] == mask_id                       # (R, block_length)
+            masks = start + is_mask.nonzero()[:, 1].view(len(rows), -1)      # (R, n) positions
+            seen = None if real is None else real[rows]
+            logits = model(ids[rows], seen, masks)                           # (R, n, V)
+            if cfg_scale:
+                logits = guide(logits, model, ids[rows], seen, masks, P, cfg_scale)
+            logits[..., mask_id] = -torch.inf                    # the mask itself is never drawn
+            row_generators = [generators[row] for row in rows.tolist()]
+            tokens, confidence = choose(logits, temperature, row_generators)          # (R, n)
+            surest = confidence.topk(count).indices                          # (R, count)
+            committed = rows[:, None], masks.gather(1, surest)
+            ids[committed] = tokens.gather(1, surest)
+            commit_steps[committed] = step
             step += 1
-            still_masks = (is_mask & ~commit).sum(1)                         # (R,)
-            masks_left = int(still_masks.max())
-            active, kv = leave_out(still_masks == 0, active, kv)
-        # later blocks cannot change this one, so a row with an end in it is finished
-        ended = torch.isin(ids[unfinished, block], end_ids).any(1)
-        finished = unfinished[ended]                             # row numbers
-        ids[finished, block.stop:] = model.config.eos_id
-        unfinished = unfinished[~ended]
-        if len(unfinished) == 0:
+        # later blocks cannot change this one, so a row with an end in it is done
+        ended = has_end(ids[rows, start:stop], model.config)                 # (R,)
+        ids[rows[ended], stop:] = eos_id
+        commit_steps[rows[ended], stop:] = step - 1
+        rows = rows[~ended]
+        if len(rows) == 0:
             break
-    yield ids
+    return ids[:, P:], commit_steps[:, P:]
 
 
-def to_commit(confidence, is_mask, counts, step, threshold):
-    """Which predictions a step commits, (R, n) bool: the counts[step] surest.
-
-    With a threshold all that are this sure, at least one. is_mask (R, n): False where a row has
-    fewer masks than others.
-    """
-    if threshold:
-        confidence = confidence.masked_fill(~is_mask, -1)
-        surest = confidence.argmax(dim=1, keepdim=True)          # at least one
-        return (confidence >= threshold).scatter(1, surest, True)
-    surest = confidence.topk(counts[step]).indices
-    return torch.zeros_like(is_mask).scatter(1, surest, True)
+def pad_mask(attention_mask, gen_length):
+    """The prompt's attention mask (B, P), if there is one, with the completion's tokens: (B, T)."""
+    if attention_mask is None:
+        return None
+    return F.pad(attention_mask.bool(), (0, gen_length), value=True)
 
 
-def predict(model, ids, positions, attention_mask, kv, start, num_prompt_tokens, cfg_scale):
-    """Logits (R, n, V) at positions of ids, which begin at place `start` of the sequence.
+def has_end(ids, config):
+    """ids (R, n) -> (R,) bool: whether a token of the row ends a completion."""
+    return torch.isin(ids, torch.tensor(config.end_ids, device=ids.device)).any(dim=1)
 
-    With guidance each row goes in twice, once with its prompt masked, and is pushed away from that.
-    """
-    if cfg_scale:
-        unconditional = ids.clone()
-        unconditional[:, :max(num_prompt_tokens - start, 0)] = model.config.mask_id
-        ids = torch.cat((ids, unconditional))
-        positions = positions.repeat(2, 1)
-        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    logits = model(ids, attention_mask, positions, kv, start)
-    if not cfg_scale:
-        return logits
-    logits, unconditional = logits.chunk(2)
+
+def guide(logits, model, ids, attention_mask, positions, num_prompt_tokens, cfg_scale):
+    """Logits (R, n, V) pushed away from those without a prompt (guidance; LLaDA, appendix)."""
+    unprompted = ids.clone()
+    unprompted[:, :num_prompt_tokens] = model.config.mask_id
+    unconditional = model(unprompted, attention_mask, positions)
     return unconditional + (cfg_scale + 1) * (logits - unconditional)
-
-
-def leave_out(finished, active, kv):
-    """The active rows and their cache without those that have filled their block."""
-    if not finished.any():
-        return active, kv
-    if kv is not None:
-        copies = len(kv[0][0]) // len(active)                    # 2 with guidance
-        keep = ~finished.repeat(copies)
-        kv = [(keys[keep], values[keep]) for keys, values in kv]
-    return active[~finished], kv
 
 
 def check_lengths(gen_length, block_length, steps):
@@ -219,6 +127,68 @@ def check_lengths(gen_length, block_length, steps):
         raise ValueError(f'steps {steps} is no multiple of the {blocks} blocks of a completion')
 
 
+# ---- fewer or cheaper steps, for other tokens: a cache, a threshold ----
+
+@torch.no_grad()
+def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperature, attention_mask,
+                  generators, cache, threshold):
+    """generate with the two short cuts of Fast-dLLM (arXiv 2505.22618); neither is exact.
+
+    cache: keys and values outside the block are computed in its first step only. threshold: a step
+    commits every token of at least this confidence, and always one, instead of a fixed number.
+    """
+    B, P = prompt_ids.shape
+    mask_id = model.config.mask_id
+    ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)                  # (B, T)
+    real = pad_mask(attention_mask, gen_length)
+    generators = generators or [None] * B
+    counts = commit_counts(block_length, steps * block_length // gen_length)
+    commit_steps = torch.zeros_like(ids)
+    step = 0
+    rows = torch.arange(B, device=ids.device)                    # (R,): those without an end so far
+    for start in range(P, P + gen_length, block_length):
+        stop = start + block_length
+        active = rows                                # (A,): those with masks left in the block
+        kv = model.new_cache(len(active), ids.size(1)) if cache else None
+        first_step = step
+        while len(active):
+            # masks first, from left to right: with a threshold some rows have more than others
+            is_mask = ids[active, start:stop] == mask_id                     # (A, block_length)
+            num_masks = is_mask.sum(dim=1)                                   # (A,)
+            masks_first = is_mask.byte().argsort(dim=1, descending=True, stable=True)
+            masks = masks_first[:, :num_masks.max()]                         # (A, n) in the block
+            is_mask = is_mask.gather(1, masks)                               # (A, n)
+            # with a cache the first step of a block sees all tokens, the others only the block
+            left = start if cache and step > first_step else 0
+            right = stop if left else ids.size(1)
+            seen = None if real is None else real[active]
+            logits = model(ids[active, left:right], seen, masks + start - left, kv, left)
+            logits[..., mask_id] = -torch.inf
+            row_generators = [generators[row] for row in active.tolist()]
+            tokens, confidence = choose(logits, temperature, row_generators, num_masks.tolist())
+            confidence = confidence.masked_fill(~is_mask, -1)                # (A, n)
+            count = 1 if threshold else counts[step - first_step]
+            surest = confidence.topk(count).indices
+            commit = torch.zeros_like(is_mask).scatter(1, surest, True)      # (A, n)
+            if threshold:
+                commit |= confidence >= threshold
+            committed = active[:, None].expand_as(masks)[commit], (start + masks)[commit]
+            ids[committed] = tokens[commit]
+            commit_steps[committed] = step
+            step += 1
+            unfilled = (is_mask & ~commit).any(dim=1)                        # (A,)
+            active = active[unfilled]
+            if cache:
+                kv = [(keys[unfilled], values[unfilled]) for keys, values in kv]
+        ended = has_end(ids[rows, start:stop], model.config)
+        ids[rows[ended], stop:] = model.config.eos_id
+        commit_steps[rows[ended], stop:] = step - 1
+        rows = rows[~ended]
+        if len(rows) == 0:
+            break
+    return ids[:, P:], commit_steps[:, P:]
+
+
 # ---- random streams and prompts, for all that draws or pads ----
 
 def random_stream(*key):
@@ -227,6 +197,7 @@ def random_stream(*key):
 
 
 def torch_stream(device, *key):
+    """The same as a torch.Generator."""
     return torch.Generator(device).manual_seed(random_stream(*key).getrandbits(63))
 
 
@@ -263,113 +234,64 @@ def chat(tokenizer, text):
 
 # ---- python sample.py: watch a text being denoised ----
 
-def show(model, tokenizer, prompt, generators, sampling):
-    """Prints a prompt's completion after every step, masks as dots; returns its ids and steps."""
-    mask = tokenizer.decode([model.config.mask_id])
-    end = tokenizer.decode([model.config.eos_id])
-    print(tokenizer.decode(prompt))
-    prompt_ids = torch.tensor([prompt], device=model.device)
-    order = [None] * sampling['gen_length']                      # the step of each token
-    completion = []
-    for step, ids in enumerate(denoise(model, prompt_ids, generators=generators, **sampling)):
-        if ids[0, len(prompt):].tolist() == completion:          # the last state may come twice
-            break
-        completion = ids[0, len(prompt):].tolist()
-        for k, token in enumerate(completion):
-            if token != model.config.mask_id and order[k] is None:
-                order[k] = step
-        text = tokenizer.decode(completion)
-        line = text.replace(mask, '.').replace(end, '').replace('\n', '\\n')
-        print(f'{step + 1:4} {line}', flush=True)
+def show(tokenizer, config, completion, commit_steps):
+    """Prints a completion (L,) after every step, masks as dots, then as it reads."""
+    end = tokenizer.decode([config.eos_id])
+    pieces = [tokenizer.decode([token]) for token in completion]
+    for step in range(int(commit_steps.max()) + 1):
+        shown = [piece if committed <= step else '.'
+                 for piece, committed in zip(pieces, commit_steps)]
+        line = ''.join(shown).replace(end, '').replace('\n', '\\n')
+        print(f'{step + 1:4} {line}')
     print(tokenizer.decode(completion, skip_special_tokens=True))
-    return completion, order
-
-
-def draw(path, panels, seconds=0.5):
-    """Writes an animated SVG of completions being denoised, one panel below the other.
-
-    panels: [(title, pieces, order)]: the decoded tokens of a completion, and the step of each.
-    """
-    body, y = [], 10
-    last = max(step for _, _, order in panels for step in order)
-    total = seconds * (last + 6)                                 # the end stays for a while
-    # a sign is 8.4 wide at 14px; the titles are taken to be the longest lines
-    right = 24 + 8.4 * max(len(title) for title, _, _ in panels)
-    for title, pieces, order in panels:
-        y += 22
-        body.append(f'<text class="title" x="12" y="{y}">{html.escape(title)}</text>')
-        x, y = 12, y + 24
-        for piece, step in zip(pieces, order):
-            begin = (step + 1) * seconds / total                 # share of the time, 0 to 1
-            for line_number, part in enumerate(piece.split('\n')):
-                if line_number:
-                    x, y = 12, y + 20
-                if not part:
-                    continue
-                width = 8.4 * len(part)
-                appear = (f'<animate attributeName="opacity" dur="{total}s" values="0;1" '
-                          f'calcMode="discrete" repeatCount="indefinite" '
-                          f'keyTimes="0;{begin:.4f}"/>')
-                vanish = appear.replace('"0;1"', '"1;0"')
-                body.append(f'<rect x="{x:.1f}" y="{y - 12}" width="{width - 1:.1f}" height="15" '
-                            f'rx="3">{vanish}</rect>')
-                body.append(f'<text x="{x:.1f}" y="{y}" opacity="0">{html.escape(part)}'
-                            f'{appear}</text>')
-                x += width
-        y += 14
-    style = ('text { font: 14px monospace; fill: #1f6feb; white-space: pre } '
-             '.title { fill: #7d8590 } rect { fill: #8b949e; fill-opacity: 0.35 }')
-    with open(path, 'w') as file:
-        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right:.0f} {y}">'
-                   f'<style>{style}</style>\n' + '\n'.join(body) + '\n</svg>\n')
 
 
 def newest_model():
-    """The newest model that a run has left in out/; ValueError when there is none."""
+    """The newest model that a run has left in out/, or 'nano' when there is none."""
     folders = list(Path('out').glob('*/model'))
-    if not folders:
-        raise ValueError('no model in out/: run python train.py first, or give --model FOLDER')
-    return max(folders, key=os.path.getmtime)
+    return max(folders, key=os.path.getmtime, default='nano')
 
 
 def main():
     import rewards
+    import train
     from model import load
 
-    p = argparse.ArgumentParser(usage='python sample.py [flags]; --help lists them',
-                                description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', nargs='*', default=[],
-                   help='folders or hub ids [the newest model in out/]')
+    p.add_argument('--model', nargs='*', help="folders or hub ids [the newest in out/, or 'nano']")
     p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem to show')
-    p.add_argument('--prompt', default='', help='show this question instead')
-    p.add_argument('--gen_length', type=int, default=32)
-    p.add_argument('--block_length', type=int, default=8)
+    p.add_argument('--prompt', default='', help='ask this instead')
+    p.add_argument('--gen_length', type=int, help="tokens [as --block_length and --steps, the "
+                   "model's defaults in train.py]")
+    p.add_argument('--block_length', type=int)
+    p.add_argument('--steps', type=int)
     p.add_argument('--temperature', type=float, default=0.0)
+    p.add_argument('--cfg_scale', type=float, default=0.0, help='guidance')
     p.add_argument('--cache', action='store_true', help='keep keys and values; not exact')
     p.add_argument('--threshold', type=float, default=0.0, help='commit all tokens this sure')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
-    p.add_argument('--svg', default='', help='draw a moving picture into this file, too')
     args = p.parse_args()
-    sampling = dict(gen_length=args.gen_length, block_length=args.block_length,
-                    steps=args.gen_length // 2, temperature=args.temperature, cache=args.cache,
-                    threshold=args.threshold)
+    question = args.prompt
+    if not question:
+        examples = rewards.load_examples(args.task, 'nano', 'test')
+        example = examples[args.seed % len(examples)]
+        question = rewards.prompt(args.task, example)
     dtype, device = torch.float32, 'cpu'
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, 'cuda'
-    panels = []
     for name in args.model or [newest_model()]:
+        defaults = train.defaults(name)
+        gen_length = args.gen_length or defaults['gen_length']
         model, tokenizer = load(name, dtype, device)
-        generators = [torch.Generator(model.device).manual_seed(args.seed)]
-        example = rewards.make(args.task, random.Random(args.seed), 'test')
-        if args.prompt:
-            example = dict(question=args.prompt)
-        prompt = chat(tokenizer, rewards.prompt(args.task, example))
-        ids, order = show(model, tokenizer, prompt, generators, sampling)
-        pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
-        panels.append((f"{name}: {example['question']}", pieces, order))
-    if args.svg:
-        draw(args.svg, panels)
+        prompt = chat(tokenizer, question)
+        print(f'{name}: {tokenizer.decode(prompt)}')
+        ids, commit_steps = generate(
+            model, torch.tensor([prompt], device=device), gen_length,
+            args.block_length or defaults['block_length'], args.steps or gen_length // 2,
+            args.temperature, args.cfg_scale, cache=args.cache, threshold=args.threshold,
+            generators=[torch.Generator(device).manual_seed(args.seed)])
+        show(tokenizer, model.config, ids[0], commit_steps[0])
 
 
 if __name__ == '__main__':
