@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+TIE = 1e-6     # probabilities closer than this are a tie in float32
+
 
 def random_prompt_mask(prompt_ids, p_mask_prompt, generator=None, num_prefill=0):
     """prompt_ids (B, P) -> (B, P) bool, True = masked, each token on its own with p_mask_prompt.
@@ -35,13 +37,13 @@ def whole_view(completion_ids):
 
 
 def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None,
-                     views=None, temperature=None):
+                     views=None):
     """log p(o_k | q') of every completion token, (B, L) float32; d1's one-step estimate.
 
     prompt_ids (B, P), completion_ids (B, L) int64; prompt_mask (B, P) bool, True = masked;
     completion_mask (B, L) bool: the tokens that count, the others get 0; None = all count.
     New, old and reference log-probs are comparable only under the same prompt_mask and views.
-    views: those of another estimator; temperature: see LLaDA.token_logps.
+    views: those of another estimator.
     """
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
@@ -53,84 +55,118 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
         scored = view.scored
         if completion_mask is not None:
             scored = scored & completion_mask
-        logps = logps + view.weight * model.token_logps(ids, completion_ids, scored,
-                                                        temperature=temperature)
+        logps = logps + view.weight * model.token_logps(ids, completion_ids, scored)
     return logps
 
 
 # ---- other estimators: what is masked, and which tokens are scored, in each forward pass ----
 
-def segment_views(order, num_views):
-    """StepMerge (d2, arXiv 2509.21474): order (B, L), the step that committed each token.
+def segment_views(commit_steps, num_views):
+    """StepMerge (d2, arXiv 2509.21474): commit_steps (B, L), the step that committed each token.
 
     The steps are cut into num_views equal parts. A token is scored in the sight of what earlier
     parts had committed. One part is d1's estimate; as many as steps follow the whole rollout.
     """
-    steps = int(order.max()) + 1
-    part = order * num_views // steps                            # (B, L): 0 .. num_views - 1
+    steps = int(commit_steps.max()) + 1
+    part = commit_steps * num_views // steps                  # (B, L): 0 .. num_views - 1
     return [View(part >= i, part == i) for i in range(num_views)]
 
 
-def coupled_views(order, generator=None):
+def coupled_views(completion_ids, generator=None):
     """Coupled masking (DiffuCoder, arXiv 2506.20639): a random half, then the other half.
 
     Each token is scored once, with about half of the completion in sight.
     """
-    first = torch.rand(order.shape, device=order.device, generator=generator) < 0.5
+    first = torch.rand(completion_ids.shape, device=completion_ids.device,
+                       generator=generator) < 0.5
     return [View(first, first), View(~first, ~first)]
 
 
-def elbo_views(order, num_views, generator=None):
+def elbo_views(completion_ids, num_views, generator=None):
     """LLaDA's bound (arXiv 2502.09992, eq. 3) from num_views noise levels, evenly spread.
 
     Each masks a share t of the tokens at random and weighs them by 1/t. The sum bounds log p(o|q)
     from below for text in any order: another quantity than the likelihood of a rollout.
     """
-    B, device = len(order), order.device
+    B, device = len(completion_ids), completion_ids.device
     start = torch.rand((B, 1), device=device, generator=generator)
     views = []
     for i in range(num_views):
         t = 1 - (start + i / num_views) % 1                      # (B, 1), never 0
-        masked = torch.rand(order.shape, device=device, generator=generator) < t
+        masked = torch.rand(completion_ids.shape, device=device, generator=generator) < t
         views.append(View(masked, masked, 1 / (t * num_views)))
     return views
 
 
-def draw_views(estimator, num_views, order, generator=None):
-    """The views of an estimator for completions whose tokens were committed at steps order (B, L).
+def draw_views(estimator, num_views, completion_ids, commit_steps, generator=None):
+    """The views of an estimator; completion_ids, commit_steps (B, L): see sample.generate.
 
     'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165), which is
     exact for rollouts in blocks of one token.
     """
     if estimator == 'coupled':
-        return coupled_views(order, generator)
+        return coupled_views(completion_ids, generator)
     if estimator == 'elbo':
-        return elbo_views(order, num_views, generator)
+        return elbo_views(completion_ids, num_views, generator)
     if estimator == 'stepmerge':
-        return segment_views(order, num_views)
+        return segment_views(commit_steps, num_views)
     if estimator == 'ar':
-        L = order.size(1)
-        left_to_right = torch.arange(L, device=order.device).expand_as(order)
+        B, L = completion_ids.shape
+        left_to_right = torch.arange(L, device=completion_ids.device).expand(B, L)
         return segment_views(left_to_right, L)
     assert estimator == 'one_step', estimator
-    return [whole_view(order)]
+    return [whole_view(completion_ids)]
 
 
-def exact_logps(model, prompt_ids, completion_ids, order, completion_mask, block_length,
-                temperature):
-    """log p of each token under the sampler that drew it, (B, L); their sum is the exact log p.
+# ---- the exact likelihood of the sampler ----
 
-    order (B, L): the step that committed each token; block_length, temperature: the sampler's. What
-    it drew after an end, in the end's own block, counts too. One forward pass per step.
-    It holds where the logits alone decide which positions a step commits: remasking 'top_prob', or
-    blocks of one token. LLaDA's own rule looks at the tokens that were drawn. Two masks, each 'a'
-    with probability 0.6, else 'b', one commit per step: it prefers a position that drew 'a', so
-    that the first commit is 'a' with 1 - 0.4 * 0.4 = 0.84, and the product says 0.6.
-    """
+def drawn_tokens(completion_mask, block_length):
+    """completion_mask (B, L) -> (B, L) bool: all that the sampler drew, to the end of a block."""
     lengths = completion_mask.sum(dim=1, keepdim=True)                       # (B, 1)
-    blocks = (lengths - 1) // block_length + 1                               # those drawn
-    place = torch.arange(completion_ids.size(1), device=completion_ids.device)
-    drawn = place < blocks * block_length                                    # (B, L)
-    nothing = torch.zeros_like(prompt_ids, dtype=torch.bool)
-    views = segment_views(order, int(order.max()) + 1)
-    return completion_logps(model, prompt_ids, completion_ids, nothing, drawn, views, temperature)
+    blocks = (lengths - 1) // block_length + 1
+    position = torch.arange(completion_mask.size(1), device=completion_mask.device)
+    return position < blocks * block_length
+
+
+def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask, block_length,
+                temperature):
+    """log p of a completion under LLaDA's own sampler, (B, L), whose sum over a row is exact.
+
+    A step draws a token x_i ~ p_i^T at each mask i of the block on its own and commits those of
+    the highest p_i(x_i) (p^T: at the sampler's temperature, p: at 1). With S the committed
+    positions and c the lowest p_i(x_i) among them,
+        P(step) = prod_{i in S} p_i^T(x_i) * prod_{j not in S} sum_{v: p_j(v) < c} p_j^T(v):
+    no other mask j drew what would have been committed instead. A token has its own factor and an
+    equal share of its step's second product. What was drawn after an end, in its block, counts too.
+    commit_steps (B, L), block_length, temperature (over 0): the sampler's. One forward per step.
+    The set of v jumps where p_j(v) passes c: the gradient is that between jumps.
+    """
+    B, L = completion_ids.shape
+    mask_id = model.config.mask_id
+    drawn = drawn_tokens(completion_mask, block_length)
+    positions = prompt_ids.size(1) + torch.arange(L, device=prompt_ids.device).expand(B, L)
+    total = torch.zeros(B, L, device=prompt_ids.device)
+    for step in range(int(commit_steps.max()) + 1):
+        committed = drawn & (commit_steps == step)                           # (B, L): S
+        still_masked = (commit_steps >= step) | ~drawn
+        in_block = committed.unflatten(1, (-1, block_length)).any(2)         # (B, blocks)
+        in_block = in_block.repeat_interleave(block_length, dim=1)           # (B, L)
+        passed_over = still_masked & in_block & ~committed                   # (B, L): not in S
+        completion = completion_ids.masked_fill(still_masked, mask_id)
+        logits = model(torch.cat((prompt_ids, completion), dim=1), None, positions).float()
+        banned = torch.arange(logits.size(-1), device=logits.device) == mask_id
+        logits = logits.masked_fill(banned, -torch.inf)                      # (B, L, V)
+        logp = logits.log_softmax(-1)                                        # at temperature 1
+        logp_T = (logits / temperature).log_softmax(-1)
+        tokens = completion_ids.unsqueeze(-1)                                # (B, L, 1)
+        own = logp_T.gather(-1, tokens)[..., 0]                              # (B, L)
+        confidence = logp.gather(-1, tokens)[..., 0].masked_fill(~committed, torch.inf)
+        c = confidence.amin(dim=1)[:, None, None]                            # (B, 1, 1)
+        # what is as sure as c, to float32's accuracy, may lose the tie
+        less_sure = logp.exp() < c.exp() + TIE                               # (B, L, V)
+        less_sure |= ~passed_over.unsqueeze(-1)                  # where it does not count
+        others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
+        others = others.masked_fill(~passed_over, 0).sum(1, keepdim=True)    # (B, 1)
+        share = others / committed.sum(1, keepdim=True).clamp(min=1)
+        total = total + (own + share) * committed
+    return total
