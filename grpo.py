@@ -5,13 +5,13 @@ mean. The clipped ratio of new to old mean-field probabilities weighs it, token 
 term holds the policy near the reference. A prompt's group is one micro-batch, so that the update
 needs no padding. The loop itself is train_grpo in train.py.
 """
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-import rewards
 from loglik import completion_logps
-from model import lora_off
+from model import last_adapter_off
+from rewards import grade_all
 from sample import generate, left_pad, torch_stream
 
 
@@ -24,7 +24,7 @@ def group_advantages(rewards, num_generations, divide_by_std=False):
     return advantages.flatten()
 
 
-def completion_mask(completion_ids, end_ids):
+def up_to_end(completion_ids, end_ids):
     """completion_ids (B, L) -> (B, L) bool: True up to and with the first token of end_ids."""
     end_ids = torch.tensor(end_ids, device=completion_ids.device)
     is_end = torch.isin(completion_ids, end_ids).long()
@@ -33,38 +33,34 @@ def completion_mask(completion_ids, end_ids):
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=0.5, beta=0.04,
-              norm='token', kl_estimate='k3'):
+              norm='token'):
     """The diffu-GRPO loss of a micro-batch, a scalar, and its statistics (d1, eq. 4).
 
     logps, old_logps, ref_logps (B, L) under the same prompt mask (ref_logps may be None if beta
     is 0), advantages (B,), completion_mask (B, L). norm: 'token' = one mean over all tokens, as
     the official code does; 'sequence' = the mean of each sequence's mean, as in the equation.
-    kl_estimate: 'k3' is theirs; 'k2' is half the squared difference, without k3's heavy tail.
     """
-    outside = ~completion_mask.bool()
+    outside = ~completion_mask
     A = advantages.unsqueeze(1)                                  # (B, 1)
 
     log_ratio = (logps - old_logps).masked_fill(outside, 0)
     ratio = log_ratio.clamp(max=80).exp()                        # rho; finite, for inf * 0 is nan
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    objective = torch.minimum(ratio * A, clipped * A)            # (B, L)
-
-    kl = torch.zeros_like(logps)
-    if beta:
-        difference = (ref_logps - logps).masked_fill(outside, 0).clamp(max=80)
-        if kl_estimate == 'k2':
-            kl = difference.square() / 2
-        else:
-            kl = difference.exp() - difference - 1               # k3, never negative
+    loss = -torch.minimum(ratio * A, clipped * A)                # (B, L)
 
     # the clip cuts the gradient only where the clipped branch is the smaller one
     clip_high = (ratio > 1 + epsilon) & (A > 0)
     clip_low = (ratio < 1 - epsilon) & (A < 0)
-    loss = masked_mean(beta * kl - objective, completion_mask, norm)
-    stats = dict(ratio=ratio, clip_high=clip_high, clip_low=clip_low, kl=kl)
+    stats = dict(ratio=ratio, clip_high=clip_high, clip_low=clip_low)
+
+    if beta:
+        difference = (ref_logps - logps).masked_fill(outside, 0).clamp(max=80)
+        stats['kl'] = difference.exp() - difference - 1          # the k3 estimate, never negative
+        loss = loss + beta * stats['kl']
+
     means = {name: masked_mean(values, completion_mask, norm).item()
              for name, values in stats.items()}
-    return loss, means
+    return masked_mean(loss, completion_mask, norm), means
 
 
 def masked_mean(values, mask, norm):
@@ -75,6 +71,82 @@ def masked_mean(values, mask, norm):
         means = values.sum(1) / mask.sum(1).clamp(min=1)         # (B,)
         return means.mean()
     return values.sum() / mask.sum().clamp(min=1)
+
+
+# ---- rollouts, and what an update needs of the policies that do not change ----
+
+class Group(NamedTuple):
+    """One prompt's completions: a micro-batch of G rows."""
+    prompt_number: int               # in its iteration
+    task: str
+    example: dict
+    prompt_ids: torch.Tensor         # (G, P), all rows equal
+    completion_ids: torch.Tensor     # (G, L)
+    completion_mask: torch.Tensor    # (G, L) bool, True up to the end
+    commit_steps: torch.Tensor       # (G, L), the step that committed each token
+    texts: list                      # the completions, decoded
+    rewards: torch.Tensor            # (G,)
+    advantages: torch.Tensor         # (G,)
+
+
+def sample_texts(model, tokenizer, prompts, sampling, generators=None, prefill=''):
+    """Completions of prompts (lists of ids): ids, completion_mask, commit_steps (B, L), and texts.
+
+    sampling: generate's knobs, a dict; generators: one per row; prefill: the text that the prompts
+    end in and that belongs to the answer.
+    """
+    prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
+    completion_ids, commit_steps = generate(model, prompt_ids, attention_mask=attention_mask,
+                                            generators=generators, **sampling)
+    mask = up_to_end(completion_ids, model.config.end_ids)
+    texts = [prefill + tokenizer.decode(ids[keep], skip_special_tokens=True)
+             for ids, keep in zip(completion_ids, mask)]
+    return completion_ids, mask, commit_steps, texts
+
+
+def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, prefill='',
+            divide_by_std=False):
+    """Samples and rewards a group for each of some problems, all in one call of the sampler.
+
+    problems: [(prompt_number, task, prompt ids, example)]; sampling: generate's knobs. Every row
+    has a random stream of its own, of seed, step, prompt_number and row.
+    """
+    G = num_generations
+    prompts, generators = [], []
+    for prompt_number, _, prompt, _ in problems:
+        for row in range(G):
+            prompts.append(prompt)
+            key = (seed, 'rollout', step, prompt_number, row)
+            generators.append(torch_stream(model.device, *key))
+    completion_ids, mask, commit_steps, texts = sample_texts(model, tokenizer, prompts, sampling,
+                                                             generators, prefill)
+    groups = []
+    for i, (prompt_number, task, prompt, example) in enumerate(problems):
+        rows = slice(i * G, (i + 1) * G)
+        graded = grade_all(task, texts[rows], [example] * G)
+        rewards = torch.tensor([float(reward) for reward, _ in graded], device=model.device)
+        groups.append(Group(
+            prompt_number, task, example, torch.tensor([prompt] * G, device=model.device),
+            completion_ids[rows], mask[rows], commit_steps[rows], texts[rows], rewards,
+            group_advantages(rewards, G, divide_by_std)))
+    return groups
+
+
+@torch.no_grad()
+def old_and_ref_logps(model, reference, group, prompt_mask, views, loss, beta):
+    """Old and reference log-probs of a group, (G, L) each, or None where the loss asks for none.
+
+    model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
+    itself, whose last adapter is off here.
+    """
+    tensors = group.prompt_ids, group.completion_ids, prompt_mask, group.completion_mask, views
+    old_logps = ref_logps = None
+    if loss != 'wd1':
+        old_logps = completion_logps(model, *tensors)
+        if beta:
+            with last_adapter_off(reference):                    # a frozen copy has none
+                ref_logps = completion_logps(reference, *tensors)
+    return old_logps, ref_logps
 
 
 # ---- other losses: grpo_loss's arguments as far as they need them, the same statistics ----
@@ -92,9 +164,14 @@ def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon,
     """
     new = mean_logps(logps, completion_mask)                     # (B, 1), as if of one token
     old = mean_logps(old_logps, completion_mask)
-    ref = mean_logps(ref_logps, completion_mask) if beta else None
     everything = torch.ones_like(new, dtype=torch.bool)
-    return grpo_loss(new, old, ref, advantages, everything, epsilon, beta, kl_estimate='k2')
+    loss, stats = grpo_loss(new, old, None, advantages, everything, epsilon, beta=0)
+    if beta:
+        ref = mean_logps(ref_logps, completion_mask)
+        kl = (ref - new).square().mean() / 2
+        stats['kl'] = kl.item()
+        loss = loss + beta * kl
+    return loss, stats
 
 
 def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta):
@@ -118,105 +195,21 @@ def wd1_loss(logps, advantages, completion_mask):
     """
     weights = advantages.softmax(0) - (-advantages).softmax(0)           # (B,)
     means = mean_logps(logps, completion_mask)[:, 0]                     # (B,)
-    loss = -(weights * means).sum()
-    return loss, dict(ratio=1.0, clip_high=0.0, clip_low=0.0, kl=0.0)
+    return -(weights * means).sum(), {}
 
 
-def policy_loss(logps, old_logps, ref_logps, advantages, completion_mask, kind, epsilon, beta, norm,
-                kl_estimate):
-    """The loss of this kind and its statistics; arguments as in grpo_loss.
+def policy_loss(loss, logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta,
+                norm):
+    """The loss of this name and its statistics; arguments as in grpo_loss.
 
-    norm and kl_estimate are for kind 'grpo' only; 'wd1' takes no epsilon and beta either.
+    norm is for 'grpo' only; 'wd1' takes no epsilon and beta either.
     """
-    if kind == 'wd1':
-        return wd1_loss(logps, advantages, completion_mask)
     tensors = logps, old_logps, ref_logps, advantages, completion_mask
-    if kind == 'espo':
-        return espo_loss(*tensors, epsilon, beta)
-    if kind == 'stable':
-        return stable_loss(*tensors, epsilon, beta)
-    return grpo_loss(*tensors, epsilon, beta, norm, kl_estimate)
-
-
-@dataclass
-class Group:
-    """One prompt's completions, a micro-batch of G rows, and all that its updates need."""
-    k: int                                                       # its number in the iteration
-    task: str
-    example: dict
-    prompt_ids: torch.Tensor                                     # (G, P), all rows equal
-    completion_ids: torch.Tensor                                 # (G, L)
-    completion_mask: torch.Tensor                                # (G, L), True up to the end
-    order: torch.Tensor                                          # (G, L), each token's step
-    texts: list                                                  # the completions, decoded
-    rewards: torch.Tensor                                        # (G,)
-    advantages: torch.Tensor                                     # (G,)
-    prompt_masks: list = field(default_factory=list)             # mu times (G, P)
-    views: list = field(default_factory=list)                    # mu times the estimator's views
-    old_logps: list = None                                       # mu times (G, L)
-    ref_logps: list = None                                       # mu times (G, L), or None
-
-
-def complete(model, tokenizer, prompts, sampling, generators=None, prefill=''):
-    """Completions of prompts (lists of ids): ids, completion_mask, order, all (B, L), and texts.
-
-    sampling: generate's knobs, a dict; generators: one per row; prefill: the text that the prompts
-    end in and that belongs to the answer.
-    """
-    prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, model.device)
-    order = prompt_ids.new_empty(len(prompts), sampling['gen_length'])       # generate fills it in
-    completion_ids = generate(model, prompt_ids, attention_mask=attention_mask,
-                              generators=generators, order=order, **sampling)
-    mask = completion_mask(completion_ids, model.config.end_ids)
-    texts = [prefill + tokenizer.decode(ids[keep], skip_special_tokens=True)
-             for ids, keep in zip(completion_ids, mask)]
-    return completion_ids, mask, order, texts
-
-
-def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, prefill='',
-            divide_by_std=False):
-    """Samples and rewards a group for each of some problems, all in one call of the sampler.
-
-    problems: [(k, task, prompt ids, example)], k = the prompt's number in this iteration;
-    sampling: generate's knobs. Every row has a random stream of its own, of seed, step, k and row.
-    """
-    prompts, generators = [], []
-    for k, _, prompt, _ in problems:
-        for row in range(num_generations):
-            prompts.append(prompt)
-            generators.append(torch_stream(model.device, seed, 'rollout', step, k, row))
-    completion_ids, mask, order, texts = complete(model, tokenizer, prompts, sampling, generators,
-                                                  prefill)
-    groups = []
-    for i, (k, task, prompt, example) in enumerate(problems):
-        rows = slice(i * num_generations, (i + 1) * num_generations)
-        grades = rewards.grade_all(task, texts[rows], [example] * num_generations)
-        earned = [float(reward) for reward, _ in grades]
-        reward = torch.tensor(earned, device=model.device)                   # (G,)
-        prompt_ids = torch.tensor([prompt] * num_generations, device=model.device)
-        advantages = group_advantages(reward, num_generations, divide_by_std)
-        groups.append(Group(k, task, example, prompt_ids, completion_ids[rows], mask[rows],
-                            order[rows], texts[rows], reward, advantages))
-    return groups
-
-
-@torch.no_grad()
-def fixed_logps(model, reference, group, loss, beta):
-    """Old and reference log-probs of a group: for each of its prompt masks a (G, L) each.
-
-    model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
-    itself, whose adapters are off here; it is not asked when beta is 0. The loss 'wd1' needs
-    neither.
-    """
-    def all_masks(policy):
-        return [completion_logps(policy, group.prompt_ids, group.completion_ids, prompt_mask,
-                                 group.completion_mask, views)
-                for prompt_mask, views in zip(group.prompt_masks, group.views)]
-    nothing = [None] * len(group.prompt_masks)
     if loss == 'wd1':
-        return nothing, nothing
-    old_logps = all_masks(model)
-    if not beta:
-        return old_logps, nothing
-    with lora_off(reference):                                    # a frozen copy has no adapters
-        return old_logps, all_masks(reference)
+        return wd1_loss(logps, advantages, completion_mask)
+    if loss == 'espo':
+        return espo_loss(*tensors, epsilon, beta)
+    if loss == 'stable':
+        return stable_loss(*tensors, epsilon, beta)
+    assert loss == 'grpo', loss
+    return grpo_loss(*tensors, epsilon, beta, norm)
