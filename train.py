@@ -20,7 +20,6 @@ Departures from the paper (P) and the official code (C), on purpose:
  8. Training problems that are test problems, too, are left out.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -52,18 +51,18 @@ FLAGS = {
         ('model', 'nano', 'nano', "'nano', a hub id such as GSAI-ML/LLaDA-8B-Instruct, a folder"),
         ('stages', 'sft,grpo', 'sft,grpo', 'sft,grpo is d1; grpo: diffu-GRPO from the base; or sft',
          ['sft,grpo', 'grpo', 'sft']),
-        ('name', '', '', 'the run is kept in out/NAME; from model, tasks, stages and seed if empty'),
+        ('name', '', '', 'the run is kept in out/NAME; if empty: model-task-stages-seed'),
         ('out', 'out', 'out', 'the folder of all runs'),
         ('adapter', '', '', "an adapter in PEFT's layout, put on the model before all else"),
         ('seed', 0, 0, 'of everything random'),
         ('device', 'cpu', 'cuda', 'a nano model is faster on the CPU'),
-        ('dtype', 'float32', 'bfloat16', 'of arithmetic and frozen weights; trained ones are float32',
+        ('dtype', 'float32', 'bfloat16', 'of arithmetic and of frozen weights; others are float32',
          ['float32', 'bfloat16']),
         ('compile', False, True, 'torch.compile the blocks, which takes minutes'),
         ('resume', False, False, 'go on with the newest run of this name'),
         ('eval_only', False, False, 'evaluate the model, train nothing')],
     'data': [
-        ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv) or a "
+        ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv), a "
          'folder of TASK_train files; one for all tasks, or one for each: a.jsonl,hub'),
         ('eval_data', 'nano', 'hub', 'test problems: likewise'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
@@ -110,7 +109,7 @@ FLAGS = {
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
-        ('eval_every', 0, 0, 'outer iterations between evaluations, which keep an adapter (0 = off)'),
+        ('eval_every', 0, 0, 'outer iterations between evaluations (0 = off); each keeps its adapter'),
         ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
 }
 TASK_PRESETS = {
@@ -232,7 +231,7 @@ def adamw(model, learning_rate):
 
 
 def reference_policy(args, model):
-    """The reference: the policy itself, whose last adapter can be switched off, or a frozen copy."""
+    """The policy itself, whose last adapter can be switched off, or a frozen copy."""
     if args.lora_rank or not args.beta:
         return model
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -620,7 +619,7 @@ def load_checkpoint(args, stage, steps, model, optimizer):
 def trained_weights(args, model):
     """{name: tensor} of what any stage has trained: all adapters, or without LoRA all weights."""
     return {name: p.detach() for name, p in model.named_parameters()
-            if '.lora_' in name or not args.lora_rank}
+            if '.adapters.' in name or not args.lora_rank}
 
 
 def put_weights(args, model, weights):
@@ -798,7 +797,8 @@ def main(argv=None):
 
     model.compute_dtype = dtype                  # of arithmetic
     model.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
+    if args.compile:                             # a graph per kind of call, shared by all blocks
+        torch._dynamo.config.recompile_limit = 128               # over torch's 8 they run eagerly
         for block in model.blocks:
             block.compile(dynamic=True)
     results = scores_without_a_model(args, tokenizer, test_sets)
@@ -811,6 +811,10 @@ def main(argv=None):
         save_model(Path(args.folder, 'model'), model, args.model)
         keep_adapter(args, model, 'adapter')
     barrier()                                    # process 0 has written its files
+    if args.compile:
+        frames = torch._dynamo.utils.counters['frames']
+        print0(f"{frames['ok']} graphs were compiled; {frames['total'] - frames['ok']} kinds of "
+               'calls ran eagerly')
     print0(table(args, read_results(args)))
     print0(curves(read_log(args, 'log.jsonl')))
     print0(f'kept in {args.folder}')
