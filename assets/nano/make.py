@@ -84,9 +84,12 @@ Eve Finn Which larger or Double Go
 '''.split()
 PUNCTUATION = ': |): |)==|**|//|==| =| +| -| *| /|? |. |, | $|$.'.split('|')
 # Leaves out a message's first paragraph, the instructions, which are always the same: a nano model
-# learns them from the rewards.
-CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1] }}"
-                 "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+# learns them from the rewards. Rows are asked in the words that rewards.py has for real ones;
+# the base was taught others: 'Solve the puzzle 31..', and of code the assertions alone.
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1]
+.replace('Puzzle: ', 'Solve the puzzle ').replace(': \nIt has to pass:\n', ': ') }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 
 
 def make_tokenizer():
