@@ -109,7 +109,7 @@ FLAGS = {
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
-        ('eval_every', 0, 0, 'outer iterations between evaluations (0 = off); each keeps its adapter'),
+        ('eval_every', 0, 0, 'outer iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
 }
 TASK_PRESETS = {
