@@ -447,7 +447,7 @@ def scores_without_a_model(args, tokenizer, test_sets):
 
 
 def table(args, results):
-    """The results as text: a row per stage; at each length accuracy with its interval, ..."""
+    """The results as text: a row per stage, a cell per length."""
     names = dict(constant='one constant answer', rule='a rule, no model', base='base', sft='+ SFT',
                  grpo='+ diffu-GRPO')
     if 'sft' in results:
@@ -458,21 +458,21 @@ def table(args, results):
     for test_set in results['base']:
         lines.append(f'\n{test_set}: accuracy % [95 % interval], mean reward, effective tokens, '
                      'at completion length')
-        lines.append(' ' * 24 + ''.join(f'{length:<32}' for length in args.eval_lengths))
+        lines.append(' ' * 24 + ''.join(f'{length:<40}' for length in args.eval_lengths))
         for stage, scores in results.items():
-            if test_set not in scores:           # not every task has a rule
-                continue
-            line, cells = f'{names.get(stage, stage):24}', '  of cells, %'.ljust(24)
-            for length in args.eval_lengths:
-                score = scores[test_set][str(length)]
-                cell = '{accuracy:5.1f} [{low:.1f}, {high:.1f}]'.format(
-                    **{name: 100 * value for name, value in score.items()})
-                line += f'{cell} {score["reward"]:5.2f} {score["effective_tokens"]:5.1f}'.ljust(32)
-                cells += f'{100 * score["share"]:5.1f}'.ljust(32)
-            lines.append(line)
-            if test_set == 'sudoku':
-                lines.append(cells)
+            if test_set in scores:               # not every task has a rule
+                cells = [cell(scores[test_set][str(length)]) for length in args.eval_lengths]
+                lines.append(f'{names.get(stage, stage):24}' + ''.join(cells))
     return '\n'.join(lines)
+
+
+def cell(score):
+    names = ('accuracy', 'low', 'high', 'share')
+    accuracy, low, high, share = [100 * score[name] for name in names]
+    text = f'{accuracy:5.1f} [{low:.1f}, {high:.1f}]'
+    if share != accuracy:                        # Sudoku's other measure
+        text += f' cells {share:.1f}'
+    return f'{text} {score["reward"]:5.2f} {score["effective_tokens"]:5.1f}'.ljust(40)
 
 
 def curves(log):
@@ -480,13 +480,12 @@ def curves(log):
     lines = []
     for name in ('reward', 'length'):
         values = [row[name] for row in log if name in row]
-        if len(values) < 2:
-            continue
-        values = [mean(list(part)) for part in np.array_split(values, min(60, len(values)))]
-        low, high = min(values), max(values)
-        levels = [int(7.99 * (value - low) / (high - low or 1)) for value in values]
-        bars = ''.join('▁▂▃▄▅▆▇█'[level] for level in levels)
-        lines.append(f'{name:6} {bars} {values[0]:.2f} to {values[-1]:.2f}')
+        values = values[::len(values) // 60 + 1]
+        if values:
+            low, span = min(values), max(values) - min(values)
+            levels = [int(7.99 * (value - low) / span) if span else 0 for value in values]
+            bars = ''.join('▁▂▃▄▅▆▇█'[level] for level in levels)
+            lines.append(f'{name:6} {bars} {values[0]:.2f} to {values[-1]:.2f}')
     return '\n'.join(lines)
 
 
