@@ -12,7 +12,7 @@ from sample import chat, generate, left_pad, random_stream
 
 NANO = Path(__file__).resolve().parents[1] / 'assets/nano'
 sys.path.insert(0, str(NANO))
-import make                                                                  # noqa: E402
+import make
 
 
 def problems(task, part, n=40):
