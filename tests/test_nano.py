@@ -143,6 +143,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(make, 'update', update)
     with pytest.raises(ValueError, match='--seed 3'):
         run('resumed', seed=4)
+    assert '"nano": true' in (tmp_path / 'whole/model/config.json').read_text()
     for name, tensor in run('resumed').items():
         assert torch.equal(tensor, whole[name]), name
 

@@ -381,7 +381,7 @@ def hide_replies(answers, masked, close_id):
 def new_model(seed, tokenizer):
     """A LLaDA of 0.9 M weights: normal ones, smaller at the end of residual branches (GPT-2)."""
     config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
-                    embedding_size=len(tokenizer), rest=dict(nano=True))
+                    embedding_size=len(tokenizer))
     model = LLaDA(config)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -543,6 +543,9 @@ def write_model(folder, seed, steps):
     new = Path(folder, 'model.new')
     model.to(torch.bfloat16).save_pretrained(new)                # half the size
     tokenizer.save_pretrained(new)
+    config = Path(new, 'config.json')
+    keys = json.loads(config.read_text()) | dict(nano=True)      # train.py has its own defaults
+    config.write_text(json.dumps(keys, indent=2))
     new.replace(Path(folder, 'model'))
     Path(folder, 'checkpoint.pt').unlink()
 
