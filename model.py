@@ -316,11 +316,8 @@ def last_adapter_off(model):
 
 def linear_layers(model):
     """{path of a layer in the published model, as peft names it: Linear}, without a tied head."""
-    layers = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and layer.weight is not model.wte.weight:
-            layers[file_name(model.config, name)] = layer
-    return layers
+    return {file_name(model.config, name): layer for name, layer in model.named_modules()
+            if isinstance(layer, Linear) and layer.weight is not model.wte.weight}
 
 
 @torch.no_grad()
