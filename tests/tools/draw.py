@@ -84,15 +84,18 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', nargs='+', default=['nano'], help='folders or hub ids [nano]')
-    p.add_argument('--titles', nargs='+', help="of the models [their names]")
+    p.add_argument('--titles', nargs='+', help='of the models [their names]')
     p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem')
     p.add_argument('--seed', type=int, default=0, help='which of its test problems')
     p.add_argument('--out', default='denoise.svg', help='the file [denoise.svg]')
     args = p.parse_args(argv)
+    titles = args.titles or args.model
+    if len(titles) != len(args.model):
+        p.error('--titles are as many as --model are')
     examples = rewards.load_examples(args.task, 'nano', 'test')
     example = examples[args.seed % len(examples)]
     panels = []
-    for name, title in zip(args.model, args.titles or args.model):
+    for name, title in zip(args.model, titles):
         panels.append((f'{title}: {example["question"]}', *denoised(name, args.task, example)))
     Path(args.out).write_text(draw(panels))
 
