@@ -421,7 +421,7 @@ def save(figure, folder, name, rect=(0, 0, 1, 1)):
     figure.tight_layout(rect=rect)
     path = folder / f'{name}.svg'
     figure.savefig(path, transparent=True, metadata=dict(Date=None))
-    print(path)
+    print(f'drew {path.name}')
 
 
 def mean_curve(curves):
