@@ -210,7 +210,7 @@ def math_row(row):
 MATH_RULES = [
     (r'(?<=\S)\s*\\text\{[^{}]*\}(\^\{?[0-9]\}?)?$', ''),      # 5 \text{ cm}^2: a unit
     (r'\\text\{([^{}]*)\}', r'\1'),                          # \text{east}: a word is the answer
-    (r'\s|\\(\[[0-9.]+[a-z]{2}\]|(?=\s*\\end\b))|\.$', ''),  # space, also of rows; 5.
+    (r'(?<=\\)\[[0-9.]+[a-z]{2}\]|\\(?=\s*\\end\b)|\s|\.$', ''),     # space, also of rows; 5.
     (r'^[^=]{1,2}=(?=[^=]*$)', ''),                            # x = 5
     (r'\\sqrt(\w)', r'\\sqrt{\1}'),
     (r'\\frac(?:\{([^{}]*)\}|(\w))(?:\{([^{}]*)\}|(\w))', r'\\frac{\1\2}{\3\4}'),
@@ -431,7 +431,7 @@ def tested_names(tests, solution):
     return names
 
 
-FENCED = re.compile(r'(`{3,9}|^[ \t]*~{3,9})(.*?)(?:\1|\Z)', re.M | re.S)      # the last may be open
+FENCED = re.compile(r'(`{3,9}|^[ \t]*~{3,9})(.*?)(?:\1|\Z)', re.M | re.S)  # \Z: left open
 INFO = re.compile(r'[ \t]*(?:[\w{}.+#-]*[ \t\r]*\n|py(?:thon)?[0-9.]*[ \t]+|)', re.I)
 
 
@@ -449,7 +449,7 @@ def code_of(completion, name=None):
     inside = between_tags(text) or ''
     if not inside.strip() and '<answer>' in text:
         inside = text.rpartition('<answer>')[2]      # cut off
-    defines = re.compile(rf'^\s*(?:(?:async )?def +{name or ""}|{name or "def"} *=)\b', re.M)
+    defines = re.compile(rf'^\s*(?:(?:async )?def +{name or ""}\b|{name or "def"} *=)', re.M)
     programs = [*blocks_of(text), textwrap.dedent(inside), *blocks_of(inside)]
     for program in reversed(programs):
         if defines.search(program):

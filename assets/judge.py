@@ -1,7 +1,7 @@
 """Runs a program that a model wrote against its tests. rewards.run_tests starts this file.
 
-    echo '["", "def f(x): return 2 * x", 2.0]
-    ["", ["assert f(1) == 2", "assert f(3) == 5"], "f", []]' | python -S assets/judge.py
+    echo '["", "def twice(x): return 2 * x", 2.0]
+    ["", ["assert twice(1) == 2", "assert twice(3) == 5"], "twice", []]' | python -S assets/judge.py
 prints ..1 and, on stderr, why the second test fails: a dot per test, a 1 per test passed, a ! if
 the program broke the rules. Of the two lines that it reads the first is for the program's process:
 set-up, program, seconds. The second is for the tests' process: set-up, tests, entry point, folders
