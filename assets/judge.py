@@ -1,7 +1,7 @@
 """Runs a program that a model wrote against its tests. rewards.run_tests starts this file.
 
-    echo '["", "def f(x): return 2 * x", 2.0]
-    ["", ["assert f(1) == 2", "assert f(3) == 5"], "f", []]' | python -S assets/judge.py
+    echo '["", "def twice(x): return 2 * x", 2.0]
+    ["", ["assert twice(1) == 2", "assert twice(3) == 5"], "twice", []]' | python -S assets/judge.py
 prints ..1 and, on stderr, why the second test fails: a dot per test, a 1 per test passed, a ! if
 the program broke the rules. Of the two lines that it reads the first is for the program's process:
 set-up, program, seconds. The second is for the tests' process: set-up, tests, entry point, folders
@@ -25,6 +25,7 @@ This stops cheats and accidents, not a determined attacker who knows a hole in C
 container. An edit of this file reaches a run that goes on.
 """
 import builtins
+import contextlib
 import functools
 import json
 import os
@@ -119,6 +120,7 @@ def lock_kernel():
     buffer = ctypes.create_string_buffer(program)
     header = struct.pack('HQ', len(program) // 8, ctypes.addressof(buffer))
     prctl = ctypes.CDLL(None).prctl
+    prctl(1, signal.SIGKILL)                         # PR_SET_PDEATHSIG: it dies with the judge
     prctl(38, 1, 0, 0, 0)                            # PR_SET_NO_NEW_PRIVS
     prctl(22, 2, header)                             # PR_SET_SECCOMP; a refusal is not insisted on
 
@@ -182,8 +184,9 @@ def run_program(setup, code, seconds, calls, replies):
     names = vars(module)
     names[''] = lambda nonce: nonce                  # called last: has it answered unasked?
     add_audit_hook()
-    for source in (setup, code):
-        exec(compile(source, '<completion>', 'exec'), names)
+    with contextlib.suppress(ImportError):           # packages are the tests' alone
+        exec(setup, names)
+    exec(compile(code, '<completion>', 'exec'), names)
     while True:
         name, args, kwargs = receive(calls)
         try:
