@@ -247,7 +247,7 @@ class Table(torch.nn.Module):
         self.logits = torch.nn.Parameter(torch.tensor(probabilities).log())
 
     def forward(self, ids, attention_mask, positions):
-        return self.logits.expand(len(ids), -1, -1)
+        return self.logits[positions - len(PROMPT)]
 
 
 @pytest.mark.parametrize('p, chance', [(0.599, 0.6), (0.6, 0.6), (0.601, 0.6 * 0.399)])
@@ -276,6 +276,20 @@ def test_ties_of_a_sure_model_are_finite():
     logps = exact_logps(model, PROMPT[None], ids, commit_steps, everything, 2, 0.9)
     logps.sum().backward()
     assert torch.equal(logps, torch.zeros(1, 2)) and (model.logits.grad == 0).all()
+
+
+def test_what_a_sure_model_drew_is_sure():
+    """Of p = 1 - 1e-6 float32 keeps little: the sampler may commit the less sure token first."""
+    g = torch.Generator().manual_seed(0)
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    for _ in range(100):
+        model = Table([[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]])
+        model.logits.data[:, 2] += 30 + 20 * torch.rand(2, generator=g)
+        model.logits.data[:, 3] = model.logits.data[:, 2] - 13 - 2 * torch.rand(2, generator=g)
+        ids, commit_steps = generate(model, PROMPT[None], 2, 2, 2, 0.9, generators=[g])
+        with torch.no_grad():
+            logps = exact_logps(model, PROMPT[None], ids, commit_steps, everything, 2, 0.9)
+        assert (ids == 2).all() and logps.sum() > -1e-3
 
 
 def test_a_step_shares_its_second_product_equally():
