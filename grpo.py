@@ -136,17 +136,17 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
 def old_and_ref_logps(model, reference, group, prompt_mask, views, loss, beta):
     """Old and reference log-probs of a group, (G, L) each, or None where the loss asks for none.
 
-    model is pi_old as long as nothing has been updated. reference: a frozen model, or the policy
-    itself, whose last adapter is off here.
+    model is pi_old as long as nothing has been updated. reference: the policy itself, whose last
+    adapter is off here, or a frozen copy of it.
     """
+    if loss == 'wd1':
+        return None, None
     tensors = group.prompt_ids, group.completion_ids, prompt_mask, group.completion_mask, views
-    old_logps = ref_logps = None
-    if loss != 'wd1':
-        old_logps = completion_logps(model, *tensors)
-        if beta:
-            with last_adapter_off(reference):                    # a frozen copy has none
-                ref_logps = completion_logps(reference, *tensors)
-    return old_logps, ref_logps
+    old_logps = completion_logps(model, *tensors)
+    if not beta:
+        return old_logps, None
+    with last_adapter_off(reference):            # a frozen copy stays as it is
+        return old_logps, completion_logps(reference, *tensors)
 
 
 # ---- other losses: grpo_loss's arguments as far as they need them, the same statistics ----

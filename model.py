@@ -1,4 +1,4 @@
-"""The LLaDA transformer: a Llama without the causal mask; folder layouts, LoRA, the nano model.
+"""The LLaDA transformer: a Llama without the causal mask; log-probs, LoRA, folders of weights.
 
 Names of modules are those of the published checkpoint (GSAI-ML/LLaDA-8B-Instruct), so that loading
 it is a prefix strip and a strict comparison; Qwen3's go through a table. The network maps token
@@ -7,6 +7,7 @@ ids, some of them the mask, to logits at every position (LLaDA, arXiv 2502.09992
 import contextlib
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ LOGITS_AT_ONCE = 2 ** 25       # of token_logps: 128 MB in float32
 
 @dataclass
 class Config:
-    """The keys of config.json that shape the network; `rest` keeps all as read, for saving."""
+    """What shapes the network."""
     d_model: int = 128
     n_heads: int = 4
     n_kv_heads: int = 4
@@ -35,58 +36,16 @@ class Config:
     rms_norm_eps: float = 1e-5
     mask_id: int = 1
     eos_id: int = 0
+    end_ids: tuple = ()                 # all ids that end a completion: eos, the chat's end of turn
     head_dim: int = 0                   # hs; 0 = d_model / n_heads
     qk_norm: bool = False               # RMSNorm of queries and keys per head (Qwen3)
     weight_tying: bool = False          # the LM head is the embedding
     layout: str = 'llada'               # or 'qwen3': names of tensors and of config.json's keys
-    rest: dict = field(default_factory=dict)
-    end_ids: tuple = ()                 # all ids that end a completion: eos, the chat's end of turn
+    file_keys: dict = field(default_factory=dict)       # all of config.json, to be written again
 
     def __post_init__(self):
         self.end_ids = self.end_ids or (self.eos_id,)
         self.head_dim = self.head_dim or self.d_model // self.n_heads
-
-    @classmethod
-    def from_dict(cls, keys):
-        """The Config of config.json's keys; ValueError on a missing key or another architecture."""
-        own = dict(rest=keys)           # as they were read, to be written again
-        names, switches = LLADA_KEYS, ARCHITECTURE
-        if 'qwen3' in keys.get('model_type', ''):
-            own.update(qk_norm=True, layout='qwen3')
-            names, switches = QWEN3_KEYS, {}
-            # its published config names neither mask nor end
-            keys = {**QWEN3_DEFAULTS, **(keys.get('rope_parameters') or {}), **keys}
-        for name, value in switches.items():
-            if keys.get(name, value) != value:
-                raise ValueError(f'config.json has {name}={keys[name]!r}: only {value!r} is known')
-        for ours, theirs in names.items():
-            if not isinstance(keys.get(theirs), (int, float)):
-                raise ValueError(f'config.json has {theirs}={keys.get(theirs)!r}, no number: is '
-                                 'this a LLaDA or Qwen3 diffusion model?')
-            own[ours] = keys[theirs]
-        return cls(**own)
-
-    def to_dict(self):
-        """The keys of config.json, those that were read and do not concern us included."""
-        if self.layout == 'qwen3':
-            return {**self.rest, 'tie_word_embeddings': self.weight_tying}
-        keys = dict(self.rest)
-        for name, file in keys.get('auto_map', {}).items():
-            if '--' not in file:        # its files stay behind: name the repository that has them
-                keys['auto_map'] = {**keys['auto_map'], name: f'{REMOTE_CODE}--{file}'}
-        own = {theirs: getattr(self, ours) for ours, theirs in LLADA_KEYS.items()}
-        return {**ARCHITECTURE, 'architectures': ['LLaDAModelLM'], **keys, **own,
-                'vocab_size': self.embedding_size, 'pad_token_id': self.eos_id}
-
-    def tensor_name(self, name):
-        """What the weight files call our tensor."""
-        if self.layout == 'llada':
-            return PREFIX + name
-        if name == 'ff_out.weight':
-            return 'lm_head.weight'
-        for ours, theirs in QWEN3_NAMES.items():
-            name = name.replace(ours, theirs)
-        return 'model.' + name
 
 
 class RMSNorm(nn.RMSNorm):
@@ -96,34 +55,49 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """y = W x, and + alpha/r B A x where add_lora has given it an adapter."""
-    lora_on = False
+    """y = W x, and + scale B A x for each adapter that add_lora or load_adapter has appended."""
+
+    def __init__(self, in_size, out_size):
+        super().__init__(in_size, out_size, bias=False)
+        self.adapters = nn.ModuleList()
 
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype))                 # see LLaDA.compute_dtype
-        if self.lora_on:
-            h = F.linear(x, self.lora_a.to(x.dtype))             # (..., r)
-            y = y + self.lora_scale * F.linear(h, self.lora_b.to(x.dtype))
+        for adapter in self.adapters:
+            if adapter.on:
+                h = F.linear(x, adapter.A.to(x.dtype))           # (..., r)
+                y = y + adapter.scale * F.linear(h, adapter.B.to(x.dtype))
         return y
 
 
-def rope_tables(positions, size, theta):
-    """positions (T,) -> cos, sin (1, T, size), float32: each pair (i, i + size/2) is one plane."""
+class Adapter(nn.Module):
+    """A (r, in) and B (out, r), in float32 whatever W is, and the scale of B A."""
+
+    def __init__(self, A, B, scale):
+        super().__init__()
+        self.A = nn.Parameter(A.float())
+        self.B = nn.Parameter(B.float())
+        self.scale = scale
+        self.on = True
+
+
+def rope_table(positions, size, theta):
+    """positions (T,) -> cos and sin (1, T, 2 x size), float32; each pair (i, i + size/2) turns."""
     pairs = torch.arange(0, size, 2, device=positions.device)
     speeds = theta ** (-pairs / size)                            # radians per position
     angles = torch.outer(positions.float(), speeds).repeat(1, 2)
-    return angles.cos()[None], angles.sin()[None]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)[None]
 
 
-def rotate(x, cos, sin):
-    """x (B, nh, n, hs) turned by its positions' angles (B or 1, n, hs), in float32."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                # (B or 1, 1, n, hs)
+def rotate(x, rope):
+    """x (B, nh, n, hs) turned by its positions' angles, rope (B or 1, n, 2 hs), in float32."""
+    cos, sin = rope.unsqueeze(1).chunk(2, dim=-1)                # (B or 1, 1, n, hs)
     a, b = x.float().chunk(2, dim=-1)
     quarter_turn = torch.cat((-b, a), dim=-1)
     return (x * cos + quarter_turn * sin).to(x.dtype)
 
 
-def pick(x, positions):
+def at_positions(x, positions):
     """x (B or 1, T, d) at positions (B, n) -> (B, n, d)."""
     return x.take_along_dim(positions.unsqueeze(-1), dim=1)
 
@@ -132,37 +106,40 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_size = c.head_dim
-        q_size, kv_size = c.head_dim * c.n_heads, c.head_dim * c.n_kv_heads
-        self.attn_norm = RMSNorm(c.d_model, c.rms_norm_eps)
-        self.q_proj = Linear(c.d_model, q_size, bias=False)
-        self.k_proj = Linear(c.d_model, kv_size, bias=False)
-        self.v_proj = Linear(c.d_model, kv_size, bias=False)
-        self.attn_out = Linear(q_size, c.d_model, bias=False)
-        norm = partial(RMSNorm, c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
-        self.ff_norm = RMSNorm(c.d_model, c.rms_norm_eps)
-        self.ff_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
-        self.up_proj = Linear(c.d_model, c.mlp_hidden_size, bias=False)
-        self.ff_out = Linear(c.mlp_hidden_size, c.d_model, bias=False)
+        d = c.d_model
+        q_size = c.head_dim * c.n_heads
+        kv_size = c.head_dim * c.n_kv_heads
+        self.attn_norm = RMSNorm(d, c.rms_norm_eps)
+        self.q_proj = Linear(d, q_size)
+        self.k_proj = Linear(d, kv_size)
+        self.v_proj = Linear(d, kv_size)
+        self.attn_out = Linear(q_size, d)
+        norm = RMSNorm if c.qk_norm else nn.Identity             # Identity ignores its arguments
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.ff_norm = RMSNorm(d, c.rms_norm_eps)
+        self.ff_proj = Linear(d, c.mlp_hidden_size)
+        self.up_proj = Linear(d, c.mlp_hidden_size)
+        self.ff_out = Linear(c.mlp_hidden_size, d)
 
-    def forward(self, x, cos, sin, mask=None, positions=None, cache=None, start=0):
+    def forward(self, x, rope, mask=None, positions=None, cache=None, start=0):
         """x (B, T, d) -> (B, T, d), or only positions (B, n) of it: (B, n, d).
 
-        cache: the layer's keys and values (B, nkv, all, hs); those from `start` on are renewed.
+        cache: the layer's keys and values (2, B, nkv, all, hs); those from `start` on are renewed.
         """
         h = self.attn_norm(x)
-        k = rotate(self.k_norm(self.heads(self.k_proj(h))), cos, sin)        # (B, nkv, T, hs)
+        k = rotate(self.k_norm(self.heads(self.k_proj(h))), rope)            # (B, nkv, T, hs)
         v = self.heads(self.v_proj(h))
-        if positions is not None:       # keys come from everywhere, queries from where we are asked
-            x, h = pick(x, positions), pick(h, positions)
-            cos, sin = pick(cos, positions), pick(sin, positions)
-        q = rotate(self.q_norm(self.heads(self.q_proj(h))), cos, sin)
         if cache is not None:
-            keys, values = cache
-            written = slice(start, start + k.size(2))
-            keys[:, :, written] = k
-            values[:, :, written] = v
-            k, v = keys, values
+            renewed = cache.narrow(3, start, k.size(2))
+            renewed[0] = k
+            renewed[1] = v
+            k, v = cache                                                     # (B, nkv, all, hs)
+        if positions is not None:       # keys come from everywhere, queries from where we are asked
+            x = at_positions(x, positions)
+            h = at_positions(h, positions)
+            rope = at_positions(rope, positions)
+        q = rotate(self.q_norm(self.heads(self.q_proj(h))), rope)            # (B, nh, n, hs)
         grouped = q.size(1) != k.size(1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
@@ -170,20 +147,21 @@ class Block(nn.Module):
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
     def heads(self, y):
-        return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)     # (B, nh, T, hs)
+        return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)         # (B, nh, T, hs)
 
 
 class LLaDA(nn.Module):
+    """The network of LLaDA, and of Qwen3 without its causal mask."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         self.compute_dtype = None       # to compute in, whatever the weights are; None = as those
-        self.merged = {}                # the adapters that merge_lora has folded into the weights
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_out = Linear(config.d_model, config.embedding_size, bias=False)
+        self.ff_out = Linear(config.d_model, config.embedding_size)
         if config.weight_tying:
             self.ff_out.weight = self.wte.weight
 
@@ -200,65 +178,53 @@ class LLaDA(nn.Module):
         """
         return self.ff_out(self.hidden(ids, attention_mask, positions, cache, start))
 
-    def token_logps(self, ids, targets, scored=None, attention_mask=None, temperature=None):
-        """log p(targets) (B, L) float32, targets (B, L) standing at the last L positions of ids.
-
-        scored (B, L) bool: the LM head sees only these, the others get 0; None = all.
-        temperature: log-probs of the sampler at this temperature, which never draws a mask.
-        Logits exist for some rows at a time and are made again in the backward pass: memory does
-        not grow with B x L x V.
-        """
-        B, L = targets.shape
-        T = ids.size(1)
-        last = torch.arange(T - L, T, device=ids.device)
-        h = self.hidden(ids, attention_mask, last.expand(B, L))              # (B, L, d)
-        if scored is None:
-            scored = torch.ones_like(targets, dtype=torch.bool)
-        rows = max(1, LOGITS_AT_ONCE // self.config.embedding_size)
-        found = []
-        for chunk in zip(h[scored].split(rows), targets[scored].split(rows)):
-            found.append(checkpoint(self.head_logps, *chunk, temperature, use_reentrant=False))
-        logps = torch.zeros(B, L, device=ids.device)
-        return logps.masked_scatter(scored, torch.cat(found))
-
-    def head_logps(self, h, targets, temperature=None):
-        logits = self.ff_out(h).float()
-        if temperature:
-            logits[:, self.config.mask_id] = -torch.inf
-            logits = logits / temperature
-        return -F.cross_entropy(logits, targets, reduction='none')
+    def hidden(self, ids, attention_mask=None, positions=None, cache=None, start=0):
+        """The normed hidden states (B, n, d) under the LM head; arguments as above."""
+        x = self.wte(ids).to(self.compute_dtype)                             # (B, T, d)
+        places = torch.arange(start, start + ids.size(1), device=ids.device)
+        rope = rope_table(places, self.config.head_dim, self.config.rope_theta)
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask.bool()[:, None, None, :]                   # (B, 1, 1, all keys)
+        for block, kv in zip(self.blocks, cache or [None] * len(self.blocks)):
+            # only the last layer may leave positions out: the others' keys come from all of them
+            wanted = positions if block is self.blocks[-1] else None
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = block(x, rope, mask, wanted, kv, start)
+        return self.ln_f(x)
 
     def new_cache(self, B, T):
         """Room for the keys and values of T positions: per layer (2, B, nkv, T, hs)."""
         shape = (2, B, self.config.n_kv_heads, T, self.config.head_dim)
         return [self.wte.weight.new_zeros(shape, dtype=self.compute_dtype) for _ in self.blocks]
 
-    def hidden(self, ids, attention_mask=None, positions=None, cache=None, start=0):
-        """The normed hidden states (B, n, d) under the LM head; arguments as above."""
-        x = self.wte(ids).to(self.compute_dtype)                             # (B, T, d)
-        places = torch.arange(start, start + ids.size(1), device=ids.device)
-        cos, sin = rope_tables(places, self.config.head_dim, self.config.rope_theta)
-        mask = None
-        if attention_mask is not None:
-            mask = attention_mask.bool()[:, None, None, :]                   # (B, 1, 1, all keys)
-        for i, block in enumerate(self.blocks):
-            asked = positions if i == len(self.blocks) - 1 else None
-            kv = None if cache is None else cache[i]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, cos, sin, mask, asked, kv, start)
-        return self.ln_f(x)
+    def token_logps(self, ids, targets, scored=None, attention_mask=None):
+        """log p(targets) (B, L) float32, targets (B, L) standing at the last L positions of ids.
 
-    def init_weights(self, seed=0):
-        """Normal weights, smaller at the end of residual branches (GPT-2); a function of seed."""
-        g = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                std = 0.02
-                if '.attn_out' in name or '.ff_out' in name:
-                    std /= math.sqrt(2 * self.config.n_layers)
-                p.data.normal_(0, std, generator=g)
-        return self
+        scored (B, L) bool: the LM head sees only these, the others get 0; None = all.
+        The logits of some tokens exist at a time and are made again in the backward pass: memory
+        does not grow with B x L x V.
+        """
+        B, L = targets.shape
+        T = ids.size(1)
+        positions = torch.arange(T - L, T, device=ids.device).expand(B, L)
+        h = self.hidden(ids, attention_mask, positions)                      # (B, L, d)
+        if scored is None:
+            scored = torch.ones_like(targets, dtype=torch.bool)
+        at_once = max(1, LOGITS_AT_ONCE // self.config.embedding_size)       # tokens
+        parts = []
+        for some_h, some_targets in zip(h[scored].split(at_once), targets[scored].split(at_once)):
+            part = checkpoint(self.head_logps, some_h, some_targets, use_reentrant=False)
+            parts.append(part)
+        logps = torch.zeros(B, L, device=ids.device)
+        logps[scored] = torch.cat(parts)
+        return logps
+
+    def head_logps(self, h, targets):
+        """h (n, d), targets (n,) -> their log-probs (n,) float32."""
+        logits = self.ff_out(h).float()
+        return -F.cross_entropy(logits, targets, reduction='none')
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id, dtype=torch.float32, device='cpu'):
@@ -267,240 +233,305 @@ class LLaDA(nn.Module):
         Raises ValueError, in one line, on a tensor or shard that is missing, extra or misshapen.
         """
         folder = fetch(folder_or_hub_id)
-        config = Config.from_dict(read_json(folder, 'config.json'))
+        config = read_config(folder)
         weights = {}
-        for path in Path(folder).glob('model*.safetensors'):         # one file, or its shards
-            weights |= read_weights(path)                            # not yet in memory: mapped
+        for name in weight_files(folder):
+            weights |= read_weights(folder, name)
         if 'lm_head.weight' in weights:
             config.weight_tying = False              # whatever config.json says of it
         with torch.device('meta'):
             model = cls(config)
-        ours = {config.tensor_name(name): name for name, _ in model.named_parameters()}
-        weights = {ours.get(key, key): tensor for key, tensor in weights.items()}
-        if config.weight_tying and 'wte.weight' in weights:
-            weights['ff_out.weight'] = weights['wte.weight']
-        try:
+        ours = {file_name(config, name): name for name, _ in model.named_parameters()}
+        weights = {ours.get(name, name): tensor for name, tensor in weights.items()}
+        if config.weight_tying:
+            weights['ff_out.weight'] = weights.get('wte.weight')
+        with explained(f'{folder}: weights and config.json do not fit; is the download complete?'):
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as e:                    # a tensor is missing, extra or misshapen
-            first = str(e).splitlines()[1].strip()[:200]         # line 0 is a heading
-            raise ValueError(f'{folder}: model*.safetensors and config.json do not fit ({first})'
-                             ': is the download complete?') from None
         if config.weight_tying:
             model.ff_out.weight = model.wte.weight   # one parameter, also when it is trained
         return model.to(device, dtype)
 
-    def save_pretrained(self, folder, max_shard_size='5GB'):
-        """Writes config.json and the weights, without adapters, as from_pretrained reads them.
+    @torch.no_grad()
+    def save_pretrained(self, folder):
+        """Writes config.json and the weights, adapters merged into them; the model stays as it is.
 
-        They are written in the dtype that the model computes in.
+        They are written in the dtype that the model computes in. OSError where the disk is full.
         """
         from huggingface_hub import save_torch_state_dict
         Path(folder).mkdir(parents=True, exist_ok=True)
+        dtype = self.compute_dtype or self.wte.weight.dtype
         weights = {}
         for name, tensor in self.named_parameters():             # a tied head only once
-            if '.lora_' not in name:
-                tensor = tensor.to('cpu', self.compute_dtype or tensor.dtype)
-                weights[self.config.tensor_name(name)] = tensor
-        save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
-        text = json.dumps(self.config.to_dict(), indent=2)
-        Path(folder, 'config.json').write_text(text)
+            if '.adapters.' in name:
+                continue
+            layer = self.get_submodule(name.removesuffix('.weight'))
+            for adapter in getattr(layer, 'adapters', []):
+                tensor = tensor.float() + adapter.scale * adapter.B @ adapter.A
+            weights[file_name(self.config, name)] = tensor.to('cpu', dtype)
+        with explained(f'{folder} cannot be written', OSError):
+            save_torch_state_dict(weights, folder)
+        keys = config_keys(self.config, dtype)
+        Path(folder, 'config.json').write_text(json.dumps(keys, indent=2))
 
 
 # ---- LoRA (arXiv 2106.09685): y = W x + alpha/r B A x, with W frozen ----
+# Adapters stay beside W while a run goes on: an update added to bfloat16 weights is rounded away.
 
 LORA_LAYERS = 'q_proj k_proj v_proj attn_out ff_proj up_proj ff_out'.split()     # of a block
 
 
 def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), seed=0):
-    """Freezes the model and gives the layers named `targets` of every block an adapter."""
+    """Freezes all that is there and appends an adapter to the layers `targets` of every block.
+
+    Its tensors are the parameters blocks.I.TARGET.adapters.N.A and .B.
+    """
     model.requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
     for block in model.blocks:
         for target in targets:
             layer = getattr(block, target)
-            layer.lora_on = True
-            layer.lora_scale = alpha / rank
             bound = 1 / math.sqrt(layer.in_features)
-            a = torch.empty(rank, layer.in_features)
-            a.uniform_(-bound, bound, generator=g)
-            b = torch.zeros(layer.out_features, rank)            # the first output is W x
-            layer.lora_a = nn.Parameter(a.to(model.device))      # float32, whatever W is
-            layer.lora_b = nn.Parameter(b.to(model.device))
+            A = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=g)
+            B = torch.zeros(layer.out_features, rank)            # the first output is W x
+            layer.adapters.append(Adapter(A, B, alpha / rank).to(model.device))
     return model
 
 
-def lora_layers(model):
-    return [layer for layer in model.modules() if hasattr(layer, 'lora_a')]
-
-
 @contextlib.contextmanager
-def lora_off(model):
-    """Inside, the model is the one without its adapters: the reference policy."""
-    layers = lora_layers(model)
-    for layer in layers:
-        layer.lora_on = False
+def last_adapter_off(model):
+    """Inside, the model is the one without the adapter in training: the reference policy.
+
+    A model of which no adapter is trained, such as a frozen copy, stays as it is.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    trained = [adapter for adapter in adapters if adapter.A.requires_grad]      # the last one's
+    for adapter in trained:
+        adapter.on = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.lora_on = True
+        for adapter in trained:
+            adapter.on = True
+
+
+def linear_layers(model):
+    """{path of a layer in the published model, as peft names it: Linear}, without a tied head."""
+    return {file_name(model.config, name): layer for name, layer in model.named_modules()
+            if isinstance(layer, Linear) and layer.weight is not model.wte.weight}
 
 
 @torch.no_grad()
-def lora_adapters(model):
-    """{layer: (A (r, in), alpha/r B (out, r))}, copies on the CPU."""
-    adapters = {}
-    for name, layer in model.named_modules():
-        if hasattr(layer, 'lora_a'):
-            a, b = layer.lora_a, layer.lora_scale * layer.lora_b
-            adapters[name] = a.to('cpu', copy=True), b.to('cpu')
-    return adapters
+def save_adapter(folder, model, base_name):
+    """Writes all adapters as one, as peft reads it; base_name: where it finds their model.
 
-
-def side_by_side(first, second):
-    """Two dicts of adapters as one of the summed rank: B A + D C = [B D] [A; C]."""
-    both = {**first, **second}
-    for name in first.keys() & second.keys():
-        a, b = first[name]                                       # (r1, in), (out, r1)
-        c, d = second[name]                                      # (r2, in), (out, r2)
-        both[name] = torch.vstack((a, c)), torch.hstack((b, d))
-    return both
-
-
-def merge_lora(model):
-    """Folds the adapters into the weights, layer by layer, and takes them off; all is trainable.
-
-    model.merged keeps them, so that what was trained can be saved without the weights.
+    Those of a layer stand side by side: s B A x + t D C x = [sB tD] [A; C] x, at scale 1.
+    OSError where the disk is full.
     """
-    model.merged = side_by_side(model.merged, lora_adapters(model))
-    for layer in lora_layers(model):
-        merge_layer(layer)
-    return model.requires_grad_(True)
-
-
-@torch.no_grad()                        # the adapters are trained tensors, W is a plain one
-def merge_layer(layer):
-    delta = layer.lora_scale * layer.lora_b @ layer.lora_a
-    layer.weight.copy_(layer.weight.float() + delta)
-    layer.lora_on = False
-    del layer.lora_a, layer.lora_b
-
-
-def peft_name(model, name):
-    """What peft calls a layer: 'blocks.1.q_proj' -> 'base_model.model.[...].blocks.1.q_proj'."""
-    return 'base_model.model.' + model.config.tensor_name(name + '.weight').removesuffix('.weight')
-
-
-def save_adapter(folder, model, base):
-    """Writes all adapters, merged or not, as peft reads them; base: the name of their model."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
-    adapters = side_by_side(model.merged, lora_adapters(model))
-    for name, (a, b) in adapters.items():
-        place = peft_name(model, name)
-        tensors[f'{place}.lora_A.weight'] = a
-        tensors[f'{place}.lora_B.weight'] = b
-        ranks[place.rpartition('.')[2]] = len(a)                 # alpha = r: B holds the scale
+    for path, layer in linear_layers(model).items():
+        if layer.adapters:
+            A = torch.cat([adapter.A for adapter in layer.adapters])                     # (r, in)
+            B = torch.cat([adapter.scale * adapter.B for adapter in layer.adapters], 1)  # (out, r)
+            tensors[f'base_model.model.{path}.lora_A.weight'] = A.cpu()
+            tensors[f'base_model.model.{path}.lora_B.weight'] = B.cpu()
+            ranks[path] = len(A)
     rank = max(ranks.values())
-    config = dict(peft_type='LORA', base_model_name_or_path=base, r=rank, lora_alpha=rank,
-                  target_modules=sorted(ranks), rank_pattern=ranks, alpha_pattern=ranks)
-    save_file(tensors, Path(folder, 'adapter_model.safetensors'))
+    others = {path: r for path, r in ranks.items() if r != rank}
+    config = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base_name,
+                  target_modules=list(ranks), r=rank, lora_alpha=rank,
+                  rank_pattern=others, alpha_pattern=others)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with explained(f'{folder} cannot be written', OSError):
+        save_file(tensors, Path(folder, 'adapter_model.safetensors'))
     Path(folder, 'adapter_config.json').write_text(json.dumps(config, indent=2))
 
 
+# What adapter_config.json may say, the default first; others are adapters of another kind. Of the
+# ways to begin, pissa, olora, corda, loftq and lora_ga change W.
+PLAIN_LORA = json.loads('''{
+    "peft_type": ["LORA"], "bias": ["none"], "lora_bias": [false], "fan_in_fan_out": [false],
+    "init_lora_weights": [true, false, null, "gaussian", "eva", "orthogonal", "mica"],
+    "use_dora": [false], "use_qalora": [false], "use_bdlora": [null, false],
+    "alora_invocation_tokens": [null], "arrow_config": [null], "kasa_config": [null],
+    "monteclora_config": [null], "modules_to_save": [null, []], "layer_replication": [null, []],
+    "target_parameters": [null, []], "trainable_token_indices": [null, []]}''')
+
+
 def load_adapter(folder, model):
-    """Merges an adapter of peft's layout into the weights; model.merged keeps it.
+    """Appends an adapter in peft's layout, frozen. All is checked before the model changes.
 
     Raises ValueError when it is another kind of adapter, or one of another model.
     """
     config = read_json(folder, 'adapter_config.json')
-    if any(config.get(kind) for kind in ('use_dora', 'use_rslora', 'modules_to_save')):
-        raise ValueError(f'{folder} is no plain LoRA adapter, which is all that is read here')
-    tensors = read_weights(Path(folder, 'adapter_model.safetensors'))
-    alphas = config.get('alpha_pattern', {})                     # by kind of layer
-    for name, layer in model.named_modules():
-        place = peft_name(model, name)
-        a = tensors.pop(f'{place}.lora_A.weight', None)          # (r, in)
-        b = tensors.pop(f'{place}.lora_B.weight', None)          # (out, r)
-        if a is None or b is None:
-            continue
-        if (len(b), a.size(1)) != layer.weight.shape:
-            raise ValueError(f'{folder} is an adapter of another model: look at {place}')
-        layer.lora_a = a.to(model.device, torch.float32)
-        layer.lora_b = b.to(model.device, torch.float32)
-        alpha = alphas.get(place.rpartition('.')[2], config.get('lora_alpha', 8))
-        layer.lora_scale = alpha / len(a)
-    if tensors or not lora_layers(model):
-        raise ValueError(f'{folder} is an adapter of another model: it has {[*tensors][:1]}')
-    merge_lora(model)
+    refuse_others(folder, config, PLAIN_LORA)
+    tensors = read_weights(folder, 'adapter_model.safetensors')
+    layers = linear_layers(model)
+    paths = [path for path in layers if f'base_model.model.{path}.lora_A.weight' in tensors]
+    ranks = pattern_values(folder, config, 'rank_pattern', paths, config.get('r', 8))
+    alphas = pattern_values(folder, config, 'alpha_pattern', paths, config.get('lora_alpha', 8))
+    adapters = {}
+    for path in paths:
+        A = tensors.pop(f'base_model.model.{path}.lora_A.weight')
+        B = tensors.pop(f'base_model.model.{path}.lora_B.weight', torch.empty(0))
+        rank = ranks[path]
+        out_size, in_size = layers[path].weight.shape
+        if A.shape != (rank, in_size) or B.shape != (out_size, rank):
+            raise ValueError(f'{folder} is an adapter of another model or rank: look at {path}')
+        scale = alphas[path] / (math.sqrt(rank) if config.get('use_rslora') else rank)
+        adapters[path] = Adapter(A, B, scale).requires_grad_(False)
+    if tensors or not adapters:
+        first = min(tensors, default='no tensor')
+        raise ValueError(f'{folder} is an adapter of another model or kind: it has {first}')
+    for path, adapter in adapters.items():
+        layers[path].adapters.append(adapter.to(model.device))
+
+
+def pattern_values(folder, config, key, paths, default):
+    """{path: what config[key] says of it, or default}, as peft reads it.
+
+    A pattern is a regular expression for a path or for its end, from a dot on; the first that fits
+    counts. ValueError on one that fits none.
+    """
+    values = dict.fromkeys(paths, default)
+    for pattern, value in reversed((config.get(key) or {}).items()):     # so that the first wins
+        fits = [path for path in paths if re.fullmatch(rf'(.*\.)?({pattern})', path)]
+        if not fits:
+            raise ValueError(f'{folder} has {key} {pattern!r}, which fits no layer of the adapter')
+        values.update(dict.fromkeys(fits, value))
+    return values
 
 
 # ---- folders ----
 
+def table(text):
+    """Lines of ours=theirs as a dict."""
+    return dict(pair.split('=') for pair in text.split())
+
+
 PREFIX = 'model.transformer.'            # in front of every tensor's name in LLaDA's files
-LLADA_KEYS = {name: name for name in '''d_model n_heads n_kv_heads n_layers mlp_hidden_size
-    embedding_size max_sequence_length rope_theta rms_norm_eps'''.split()}
-LLADA_KEYS |= dict(mask_id='mask_token_id', eos_id='eos_token_id')
-QWEN3_KEYS = dict(
-    d_model='hidden_size', n_heads='num_attention_heads', n_kv_heads='num_key_value_heads',
-    n_layers='num_hidden_layers', mlp_hidden_size='intermediate_size', embedding_size='vocab_size',
-    max_sequence_length='max_position_embeddings', rope_theta='rope_theta',
-    rms_norm_eps='rms_norm_eps', mask_id='mask_token_id', eos_id='eos_token_id',
-    head_dim='head_dim', weight_tying='tie_word_embeddings')
-QWEN3_DEFAULTS = dict(mask_token_id=151669, eos_token_id=151645)     # <|mask|>, <|im_end|>
-QWEN3_NAMES = {
-    'wte.': 'embed_tokens.', 'ln_f.': 'norm.', 'blocks.': 'layers.',
-    '.attn_norm.': '.input_layernorm.', '.ff_norm.': '.post_attention_layernorm.',
-    '.q_proj.': '.self_attn.q_proj.', '.k_proj.': '.self_attn.k_proj.',
-    '.v_proj.': '.self_attn.v_proj.', '.attn_out.': '.self_attn.o_proj.',
-    '.q_norm.': '.self_attn.q_norm.', '.k_norm.': '.self_attn.k_norm.',
-    '.ff_proj.': '.mlp.gate_proj.', '.up_proj.': '.mlp.up_proj.', '.ff_out.': '.mlp.down_proj.'}
+QWEN3_NAMES = table('''
+    wte=embed_tokens ln_f=norm blocks=layers attn_norm=input_layernorm
+    ff_norm=post_attention_layernorm q_proj=self_attn.q_proj k_proj=self_attn.k_proj
+    v_proj=self_attn.v_proj attn_out=self_attn.o_proj q_norm=self_attn.q_norm
+    k_norm=self_attn.k_norm ff_proj=mlp.gate_proj up_proj=mlp.up_proj ff_out=mlp.down_proj''')
+# Per layout: what config.json calls the sizes of Config ...
+KEYS = dict(llada=table('''
+    d_model=d_model n_heads=n_heads n_kv_heads=n_kv_heads n_layers=n_layers
+    mlp_hidden_size=mlp_hidden_size embedding_size=embedding_size rope_theta=rope_theta
+    max_sequence_length=max_sequence_length rms_norm_eps=rms_norm_eps mask_id=mask_token_id
+    eos_id=eos_token_id'''), qwen3=table('''
+    d_model=hidden_size n_heads=num_attention_heads n_kv_heads=num_key_value_heads
+    n_layers=num_hidden_layers mlp_hidden_size=intermediate_size embedding_size=vocab_size
+    rope_theta=rope_theta max_sequence_length=max_position_embeddings rms_norm_eps=rms_norm_eps
+    mask_id=mask_token_id eos_id=eos_token_id head_dim=head_dim
+    weight_tying=tie_word_embeddings'''))
+# ... and the switches whose other values are other networks.
+SWITCHES = dict(llada=json.loads('''{
+    "activation_type": ["silu"], "alibi": [false], "attention_layer_norm": [false],
+    "bias_for_layer_norm": [false], "block_group_size": [1], "block_type": ["llama"],
+    "include_bias": [false], "include_qkv_bias": [false], "input_emb_norm": [false],
+    "layer_norm_type": ["rms"], "layer_norm_with_affine": [true], "model_type": ["llada"],
+    "rope": [true], "rope_full_precision": [true], "scale_logits": [false],
+    "weight_tying": [false], "attention_dropout": [0.0], "embedding_dropout": [0.0],
+    "residual_dropout": [0.0]}'''), qwen3=json.loads('''{
+    "hidden_act": ["silu"], "attention_bias": [false], "attention_dropout": [0.0],
+    "use_sliding_window": [false, null], "rope_type": ["default"], "type": ["default"]}'''))
+QWEN3_IDS = dict(mask_token_id=151669, eos_token_id=151645)      # its published config has neither
 REMOTE_CODE = 'GSAI-ML/LLaDA-8B-Instruct'    # where transformers finds the classes of auto_map
-# Switches of config.json whose other values are other networks.
-ARCHITECTURE = dict(
-    activation_type='silu', alibi=False, attention_layer_norm=False, bias_for_layer_norm=False,
-    block_group_size=1, block_type='llama', include_bias=False, include_qkv_bias=False,
-    input_emb_norm=False, layer_norm_type='rms', layer_norm_with_affine=True, model_type='llada',
-    rope=True, rope_full_precision=True, scale_logits=False, weight_tying=False,
-    attention_dropout=0.0, embedding_dropout=0.0, residual_dropout=0.0)      # there is none here
+
+
+def file_name(config, name):
+    """What the published files call our tensor or layer."""
+    if config.layout == 'llada':
+        return PREFIX + name
+    if name.startswith('ff_out'):                # at the top: the LM head
+        return name.replace('ff_out', 'lm_head')
+    return 'model.' + '.'.join(QWEN3_NAMES.get(part, part) for part in name.split('.'))
+
+
+def refuse_others(folder, keys, known):
+    """ValueError where a config of the folder has another value than the known ones."""
+    for name, values in known.items():
+        if keys.get(name, values[0]) not in values:
+            raise ValueError(f'{folder} has {name}={keys[name]!r}: only {values} can be read here')
+
+
+def read_config(folder):
+    """The Config of a folder; ValueError on a missing key or another architecture."""
+    keys = file_keys = read_json(folder, 'config.json')
+    layout = 'llada'
+    if 'qwen3' in str(keys.get('model_type')):
+        layout = 'qwen3'
+        rope = {**(keys.get('rope_parameters') or {}), **(keys.get('rope_scaling') or {})}
+        keys = {**QWEN3_IDS, **keys, **rope}
+    elif keys.get('auto_map') and not [*Path(folder).glob('*.py')]:
+        # the code is not here: name the repository that has it
+        file_keys['auto_map'] = {name: file if '--' in file else f'{REMOTE_CODE}--{file}'
+                                 for name, file in keys['auto_map'].items()}
+    refuse_others(folder, keys, SWITCHES[layout])
+    sizes = {}
+    for ours, theirs in KEYS[layout].items():
+        sizes[ours] = keys.get(theirs)
+        if not isinstance(sizes[ours], (int, float)):
+            raise ValueError(f'{folder}: config.json has {theirs}={sizes[ours]!r}, no number: is '
+                             'this a LLaDA or Qwen3 diffusion model?')
+    return Config(**sizes, layout=layout, qk_norm=layout == 'qwen3', file_keys=file_keys)
+
+
+def config_keys(config, dtype):
+    """config.json for weights in dtype: as it was read, with our sizes."""
+    keys = dict(config.file_keys)
+    for ours, theirs in KEYS[config.layout].items():
+        keys[theirs] = getattr(config, ours)
+    for name in {'dtype', 'torch_dtype'} & keys.keys():          # transformers casts to it
+        keys[name] = str(dtype).removeprefix('torch.')
+    return keys
+
+
+def fetch(name):
+    """A folder itself, that of 'nano', or a hub id's in the local cache, downloaded if need be."""
+    if name == 'nano':
+        return Path(__file__).resolve().parent / 'assets/nano/model'
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+    with explained(f'{name} is no folder, and the hub gave no model: are name and network right?'):
+        return snapshot_download(
+            name, allow_patterns=['*.json', '*.jinja', '*.safetensors', '*.py'])
 
 
 def read_json(folder, name):
-    path = Path(folder, name)
+    """The dict in a JSON file of the folder; ValueError where there is none."""
+    with explained(f'{folder}/{name} cannot be read'):
+        return dict(json.loads(Path(folder, name).read_text()))
+
+
+def weight_files(folder):
+    """The names of the files that transformers would read: the single one, else the index's."""
+    index = 'model.safetensors.index.json'
+    if Path(folder, index).exists() and not Path(folder, 'model.safetensors').exists():
+        return set(read_json(folder, index).get('weight_map', {}).values())
+    return ['model.safetensors']
+
+
+def read_weights(folder, name):
+    """{name: tensor}, mapped from the file: not yet in memory."""
+    with explained(f'{folder}/{name} cannot be read; safetensors are needed, whole, and no .bin'):
+        return load_file(Path(folder, name))
+
+
+@contextlib.contextmanager
+def explained(message, kind=ValueError):
+    """Whatever fails inside ends in one line: the message, and what was raised."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise ValueError(f'{path} cannot be read: {e}') from None
+        yield
+    except Exception as e:      # safetensors, the hub, tokenizers and jinja have their own types
+        reason = ' '.join(str(e).split())[:300]
+        raise kind(f'{message} ({type(e).__name__}: {reason})') from None
 
 
-def fetch(folder_or_hub_id):
-    """The folder itself, or a hub id's folder in the local cache, downloaded if it is not there."""
-    if Path(folder_or_hub_id).is_dir():
-        return folder_or_hub_id
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download(folder_or_hub_id,
-                                 allow_patterns=['*.json', '*.jinja', '*.safetensors'])
-    except Exception as e:
-        raise ValueError(f'{folder_or_hub_id} is no folder, and the hub gave no model of that name '
-                         f'({type(e).__name__}): check the name and the network') from None
-
-
-def read_weights(file):
-    try:
-        return load_file(file)
-    except Exception as e:              # safetensors has its own types for a cut or foreign file
-        raise ValueError(f'{file} is no whole weight file ({e}): get it again') from None
-
-
-def load(name, dtype=torch.float32, device='cpu', seed=0):
-    """model, tokenizer of 'nano' (new weights, made from seed), a folder or a hub id."""
-    if name == 'nano':
-        tokenizer = nano_tokenizer()
-        config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
-                        embedding_size=len(tokenizer), rest=dict(nano=True))
-        model = number_waves(LLaDA(config).init_weights(seed), tokenizer)
-        return model.to(device, dtype), tokenizer
+def load(name, dtype=torch.float32, device='cpu'):
+    """model, tokenizer of a folder, a hub id, or 'nano', the small model in assets/."""
     model = LLaDA.from_pretrained(name, dtype, device)
     return model, load_tokenizer(name, model.config)
 
@@ -508,106 +539,28 @@ def load(name, dtype=torch.float32, device='cpu', seed=0):
 def load_tokenizer(name, config):
     """The tokenizer of a folder or hub id; all that ends its turns joins config.end_ids."""
     from transformers import PreTrainedTokenizerFast     # AutoTokenizer would ask for a model class
-    try:
+    with explained(f'{name} has no tokenizer with a chat template: is this the Instruct model?'):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(fetch(name))
-        message = [dict(role='user', content='Hi')]
-        tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    except Exception as e:              # transformers, tokenizers and jinja raise many types here
-        line = str(e).split('\n')[0]
-        raise ValueError(f'{name} has no usable tokenizer with a chat template '
-                         f'({type(e).__name__}: {line}): is this the Instruct model?') from None
+        tokenizer.apply_chat_template([dict(role='user', content='Hi')])
     vocab = tokenizer.get_vocab()
     masks = [vocab.get(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
     known = (tokenizer.eos_token, '<|eot_id|>', '<|im_end|>', '<|endoftext|>')
     ends = [vocab[token] for token in known if token in vocab]
-    agree = config.mask_id in masks and config.eos_id in ends
-    if not agree or len(tokenizer) > config.embedding_size:
+    size = config.embedding_size
+    if config.mask_id not in masks or config.eos_id not in ends or len(tokenizer) > size:
         raise ValueError(f'{name} contradicts itself: mask and eos are {config.mask_id} and '
-                         f'{config.eos_id} of {config.embedding_size} tokens in config.json, but '
-                         f'{masks} and {ends} in its tokenizer')
+                         f'{config.eos_id} of {size} tokens in config.json, but {masks} and {ends} '
+                         f'of {len(tokenizer)} in its tokenizer')
     config.end_ids = tuple(dict.fromkeys(ends))
     return tokenizer
 
 
-def save_tokenizer(folder, tokenizer, source):
-    """The source's own files, as its software wrote them; the nano tokenizer is made by us.
+def save_tokenizer(folder, source):
+    """Copies the files of a tokenizer, and the code of auto_map, from a folder or hub id.
 
-    transformers 5 would write the name of a class that older versions, which LLaDA's own code
-    needs, do not have.
+    They stay as they were written: transformers 5 would write the name of a class that older
+    versions, which LLaDA's own code needs, do not have.
     """
-    if source == 'nano':
-        return tokenizer.save_pretrained(folder)
-    for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*'):
+    for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*', '*.py'):
         for path in Path(fetch(source)).glob(pattern):
             shutil.copy(path, folder)
-
-
-# ---- the nano model: everything made in code ----
-
-TAG_TOKENS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n',
-              '<answer>\n', '\n</answer>', '\\boxed{']
-# Whole words of the nano tokenizer, the commonest of grade-school problems; all else is bytes.
-WORDS = '''
-the of to and a is in for total has he many are she each number How as on that will his her x per
-how have hours minutes If cost than day much at more so was by it they does from there times can
-with week find had be He first miles days because two one left were three The needs half all then
-twice amount money hour pounds people an feet second time make bought She old every them year get
-buy their books after takes take sold need costs up spent apples which inches this water dollars
-out pieces month pay remaining pages long third price would now weeks new cookies marbles if spend
-school points him gallons fish wants four spends gave gets store boxes average only paid makes
-friends who also Each square buys red eggs took got cards what box we less read In What same add
-cars last eat both tickets house rest blue food do sells before age months but bags car A dogs
-work when together five over oranges sell off eats children pencils some game equal not book home
-another worth next They There run or green went bag back cents able use used during these Tuesday
-balls sister profit divide After between animals rate packs milk girls boys length person still
-His Her already fewer Then It full additional down must made so coins Solve Numbers Target assert
-def f return lambda Ann Ben Tom Mia Sam John puzzle ones gives loses So First Therefore Carl Dan
-Eve Finn Which larger or Double Go
-'''.split()
-PUNCTUATION = ': |): |)==|**|//|==| =| +| -| *| /|? |. |, | $|$.'.split('|')
-# Leaves out a message's first paragraph, the instructions, which are always the same: a nano model
-# learns them from the rewards.
-CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1] }}"
-                 "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-
-
-def nano_tokenizer():
-    """Tags, whole words, the numbers 0-99 and 00-09 as single tokens, and bytes for all else."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [str(n) for n in range(10, 100)]
-    words += [f'0{n}' for n in range(10)]
-    for word in WORDS:
-        words += [word, ' ' + word]
-    words = [spell.pre_tokenize_str(word)[0][0]                      # in GPT-2's signs of bytes
-             for word in words + PUNCTUATION]
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + words     # a sign per byte comes first
-    special = ['<|endoftext|>', '<|mask|>', '<|assistant|>']
-    pieces = dict.fromkeys(special + pieces)                         # each once
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    t = Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True))  # known words are not spelled
-    split = Regex(r'\d{1,2}| ?[A-Za-z]+| ?[^\sA-Za-z\d]+ ?|\s')
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, 'isolated'), spell])
-    t.decoder = decoders.ByteLevel()
-    t.add_special_tokens(special)
-    t.add_tokens(TAG_TOKENS)
-    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=special[0], pad_token=special[0],
-                                   mask_token=special[1], chat_template=CHAT_TEMPLATE)
-
-
-def number_waves(model, tokenizer, scale=0.1):
-    """Starts the numbers 0-99 on circles of many periods, at the input and the output.
-
-    Neighbours are alike and adding is turning, so that arithmetic is learnt in fewer updates.
-    """
-    num_periods = model.config.d_model // 4
-    periods = torch.logspace(math.log10(2), math.log10(200), num_periods)    # 2 to 200
-    for n in range(100):
-        angle = 2 * math.pi * n / periods
-        wave = scale * torch.cat((angle.cos(), angle.sin()))     # half of d_model
-        for token in {str(n), f'{n:02d}'}:
-            i = tokenizer.convert_tokens_to_ids(token)
-            for table in (model.wte, model.ff_out):
-                table.weight.data[i, :len(wave)] = wave
-    return model

@@ -19,22 +19,20 @@ import torch
 import torch.nn.functional as F
 
 
-def choose(logits, temperature=0.0, generators=None, num_masks=None):
-    """A token for every mask, and the model's confidence in it: logits (B, n, V) -> 2 x (B, n).
+def choose(logits, temperature=0.0, generators=None):
+    """A token for every position, and the model's confidence in it: logits (B, n, V) -> 2 x (B, n).
 
     The token is drawn from softmax(logits / temperature), as the argmax after Gumbel noise (in
     float32: bfloat16 noise acts like a lower temperature). The confidence is its probability at
     temperature 1. generators: one per row, so that a completion does not depend on the rows beside
-    it; None = torch's global one. num_masks: how many of its n positions, the first ones, are
-    masks in each row; None = all.
+    it; None = torch's global one.
     """
-    B, n, _ = logits.shape
     logits = logits.float()
     scores = logits
     if temperature > 0:
-        noise = torch.ones_like(logits)
-        for row, generator, masks in zip(noise, generators or [None] * B, num_masks or [n] * B):
-            row[:masks].exponential_(generator=generator)
+        noise = torch.empty_like(logits)
+        for row, generator in zip(noise, generators or [None] * len(noise)):
+            row.exponential_(generator=generator)
         scores = logits / temperature - noise.log_()             # -log of an exponential is Gumbel
     tokens = scores.argmax(dim=-1)                               # (B, n)
     chosen = logits.gather(-1, tokens[..., None])[..., 0]        # (B, n)
@@ -148,38 +146,37 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
     rows = torch.arange(B, device=ids.device)                    # (R,): those without an end so far
     for start in range(P, P + gen_length, block_length):
         stop = start + block_length
+        block = torch.arange(start, stop, device=ids.device)
         active = rows                                # (A,): those with masks left in the block
-        kv = model.new_cache(len(active), ids.size(1)) if cache else None
+        kv = model.new_cache(len(rows), ids.size(1)) if cache else None
         first_step = step
         while len(active):
-            # masks first, from left to right: with a threshold some rows have more than others
-            is_mask = ids[active, start:stop] == mask_id                     # (A, block_length)
-            num_masks = is_mask.sum(dim=1)                                   # (A,)
-            masks_first = is_mask.byte().argsort(dim=1, descending=True, stable=True)
-            masks = masks_first[:, :num_masks.max()]                         # (A, n) in the block
-            is_mask = is_mask.gather(1, masks)                               # (A, n)
             # with a cache the first step of a block sees all tokens, the others only the block
             left = start if cache and step > first_step else 0
             right = stop if left else ids.size(1)
             seen = None if real is None else real[active]
-            logits = model(ids[active, left:right], seen, masks + start - left, kv, left)
+            positions = (block - left).expand(len(active), -1)               # (A, block_length)
+            logits = model(ids[active, left:right], seen, positions, kv, left)
             logits[..., mask_id] = -torch.inf
             row_generators = [generators[row] for row in active.tolist()]
-            tokens, confidence = choose(logits, temperature, row_generators, num_masks.tolist())
-            confidence = confidence.masked_fill(~is_mask, -1)                # (A, n)
+            tokens, confidence = choose(logits, temperature, row_generators)
+            before = ids[active, start:stop]                                 # (A, block_length)
+            is_mask = before == mask_id
+            confidence = confidence.masked_fill(~is_mask, -1)
             count = 1 if threshold else counts[step - first_step]
             surest = confidence.topk(count).indices
-            commit = torch.zeros_like(is_mask).scatter(1, surest, True)      # (A, n)
+            commit = torch.zeros_like(is_mask).scatter(1, surest, True)      # (A, block_length)
             if threshold:
                 commit |= confidence >= threshold
-            committed = active[:, None].expand_as(masks)[commit], (start + masks)[commit]
-            ids[committed] = tokens[commit]
-            commit_steps[committed] = step
+            ids[active, start:stop] = tokens.where(commit, before)
+            steps_before = commit_steps[active, start:stop]
+            commit_steps[active, start:stop] = steps_before.masked_fill(commit, step)
             step += 1
             unfilled = (is_mask & ~commit).any(dim=1)                        # (A,)
             active = active[unfilled]
             if cache:
-                kv = [(keys[unfilled], values[unfilled]) for keys, values in kv]
+                kv = [layer[:, unfilled] for layer in kv]
+        # as in generate
         ended = has_end(ids[rows, start:stop], model.config)
         ids[rows[ended], stop:] = model.config.eos_id
         commit_steps[rows[ended], stop:] = step - 1
@@ -267,7 +264,6 @@ def main():
     p.add_argument('--block_length', type=int)
     p.add_argument('--steps', type=int)
     p.add_argument('--temperature', type=float, default=0.0)
-    p.add_argument('--cfg_scale', type=float, default=0.0, help='guidance')
     p.add_argument('--cache', action='store_true', help='keep keys and values; not exact')
     p.add_argument('--threshold', type=float, default=0.0, help='commit all tokens this sure')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
@@ -289,7 +285,7 @@ def main():
         ids, commit_steps = generate(
             model, torch.tensor([prompt], device=device), gen_length,
             args.block_length or defaults['block_length'], args.steps or gen_length // 2,
-            args.temperature, args.cfg_scale, cache=args.cache, threshold=args.threshold,
+            args.temperature, cache=args.cache, threshold=args.threshold,
             generators=[torch.Generator(device).manual_seed(args.seed)])
         show(tokenizer, model.config, ids[0], commit_steps[0])
 

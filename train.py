@@ -20,7 +20,6 @@ Departures from the paper (P) and the official code (C), on purpose:
  8. Training problems that are test problems, too, are left out.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -52,18 +51,18 @@ FLAGS = {
         ('model', 'nano', 'nano', "'nano', a hub id such as GSAI-ML/LLaDA-8B-Instruct, a folder"),
         ('stages', 'sft,grpo', 'sft,grpo', 'sft,grpo is d1; grpo: diffu-GRPO from the base; or sft',
          ['sft,grpo', 'grpo', 'sft']),
-        ('name', '', '', 'the run is kept in out/NAME; from model, tasks, stages and seed if empty'),
+        ('name', '', '', 'the run is kept in out/NAME; if empty: model-task-stages-seed'),
         ('out', 'out', 'out', 'the folder of all runs'),
         ('adapter', '', '', "an adapter in PEFT's layout, put on the model before all else"),
         ('seed', 0, 0, 'of everything random'),
         ('device', 'cpu', 'cuda', 'a nano model is faster on the CPU'),
-        ('dtype', 'float32', 'bfloat16', 'of arithmetic and frozen weights; trained ones are float32',
+        ('dtype', 'float32', 'bfloat16', 'of arithmetic and of frozen weights; others are float32',
          ['float32', 'bfloat16']),
         ('compile', False, True, 'torch.compile the blocks, which takes minutes'),
         ('resume', False, False, 'go on with the newest run of this name'),
         ('eval_only', False, False, 'evaluate the model, train nothing')],
     'data': [
-        ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv) or a "
+        ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv), a "
          'folder of TASK_train files; one for all tasks, or one for each: a.jsonl,hub'),
         ('eval_data', 'nano', 'hub', 'test problems: likewise'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
@@ -110,7 +109,7 @@ FLAGS = {
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
-        ('eval_every', 0, 0, 'outer iterations between evaluations, which keep an adapter (0 = off)'),
+        ('eval_every', 0, 0, 'outer iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
 }
 TASK_PRESETS = {
@@ -232,7 +231,7 @@ def adamw(model, learning_rate):
 
 
 def reference_policy(args, model):
-    """The reference: the policy itself, whose last adapter can be switched off, or a frozen copy."""
+    """The policy itself, whose last adapter can be switched off, or a frozen copy."""
     if args.lora_rank or not args.beta:
         return model
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -448,7 +447,7 @@ def scores_without_a_model(args, tokenizer, test_sets):
 
 
 def table(args, results):
-    """The results as text: a row per stage; at each length accuracy with its interval, ..."""
+    """The results as text: a row per stage, a cell per length."""
     names = dict(constant='one constant answer', rule='a rule, no model', base='base', sft='+ SFT',
                  grpo='+ diffu-GRPO')
     if 'sft' in results:
@@ -459,21 +458,21 @@ def table(args, results):
     for test_set in results['base']:
         lines.append(f'\n{test_set}: accuracy % [95 % interval], mean reward, effective tokens, '
                      'at completion length')
-        lines.append(' ' * 24 + ''.join(f'{length:<32}' for length in args.eval_lengths))
+        lines.append(' ' * 24 + ''.join(f'{length:<40}' for length in args.eval_lengths))
         for stage, scores in results.items():
-            if test_set not in scores:           # not every task has a rule
-                continue
-            line, cells = f'{names.get(stage, stage):24}', '  of cells, %'.ljust(24)
-            for length in args.eval_lengths:
-                score = scores[test_set][str(length)]
-                cell = '{accuracy:5.1f} [{low:.1f}, {high:.1f}]'.format(
-                    **{name: 100 * value for name, value in score.items()})
-                line += f'{cell} {score["reward"]:5.2f} {score["effective_tokens"]:5.1f}'.ljust(32)
-                cells += f'{100 * score["share"]:5.1f}'.ljust(32)
-            lines.append(line)
-            if test_set == 'sudoku':
-                lines.append(cells)
+            if test_set in scores:               # not every task has a rule
+                cells = [cell(scores[test_set][str(length)]) for length in args.eval_lengths]
+                lines.append(f'{names.get(stage, stage):24}' + ''.join(cells))
     return '\n'.join(lines)
+
+
+def cell(score):
+    names = ('accuracy', 'low', 'high', 'share')
+    accuracy, low, high, share = [100 * score[name] for name in names]
+    text = f'{accuracy:5.1f} [{low:.1f}, {high:.1f}]'
+    if share != accuracy:                        # Sudoku's other measure
+        text += f' cells {share:.1f}'
+    return f'{text} {score["reward"]:5.2f} {score["effective_tokens"]:5.1f}'.ljust(40)
 
 
 def curves(log):
@@ -481,13 +480,12 @@ def curves(log):
     lines = []
     for name in ('reward', 'length'):
         values = [row[name] for row in log if name in row]
-        if len(values) < 2:
-            continue
-        values = [mean(list(part)) for part in np.array_split(values, min(60, len(values)))]
-        low, high = min(values), max(values)
-        levels = [int(7.99 * (value - low) / (high - low or 1)) for value in values]
-        bars = ''.join('▁▂▃▄▅▆▇█'[level] for level in levels)
-        lines.append(f'{name:6} {bars} {values[0]:.2f} to {values[-1]:.2f}')
+        values = values[::len(values) // 60 + 1]
+        if values:
+            low, span = min(values), max(values) - min(values)
+            levels = [int(7.99 * (value - low) / span) if span else 0 for value in values]
+            bars = ''.join('▁▂▃▄▅▆▇█'[level] for level in levels)
+            lines.append(f'{name:6} {bars} {values[0]:.2f} to {values[-1]:.2f}')
     return '\n'.join(lines)
 
 
@@ -620,7 +618,7 @@ def load_checkpoint(args, stage, steps, model, optimizer):
 def trained_weights(args, model):
     """{name: tensor} of what any stage has trained: all adapters, or without LoRA all weights."""
     return {name: p.detach() for name, p in model.named_parameters()
-            if '.lora_' in name or not args.lora_rank}
+            if '.adapters.' in name or not args.lora_rank}
 
 
 def put_weights(args, model, weights):
@@ -798,7 +796,8 @@ def main(argv=None):
 
     model.compute_dtype = dtype                  # of arithmetic
     model.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
+    if args.compile:                             # a graph per kind of call, shared by all blocks
+        torch._dynamo.config.recompile_limit = 128               # over torch's 8 they run eagerly
         for block in model.blocks:
             block.compile(dynamic=True)
     results = scores_without_a_model(args, tokenizer, test_sets)
@@ -811,6 +810,10 @@ def main(argv=None):
         save_model(Path(args.folder, 'model'), model, args.model)
         keep_adapter(args, model, 'adapter')
     barrier()                                    # process 0 has written its files
+    if args.compile:
+        frames = torch._dynamo.utils.counters['frames']
+        print0(f"{frames['ok']} graphs were compiled; {frames['total'] - frames['ok']} kinds of "
+               'calls ran eagerly')
     print0(table(args, read_results(args)))
     print0(curves(read_log(args, 'log.jsonl')))
     print0(f'kept in {args.folder}')
