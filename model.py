@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -66,19 +65,13 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight.to(x.dtype))                 # see LLaDA.compute_dtype
         for adapter in self.adapters:
             if adapter.on:
-                y = y + adapter(x)
+                h = F.linear(x, adapter.A.to(x.dtype))           # (..., r)
+                y = y + adapter.scale * F.linear(h, adapter.B.to(x.dtype))
         return y
-
-    def merged_weight(self):
-        """W + scale B A of all adapters, summed in float32."""
-        weight = self.weight.float()
-        for adapter in self.adapters:
-            weight = weight + adapter.scale * adapter.B @ adapter.A
-        return weight
 
 
 class Adapter(nn.Module):
-    """scale B A x, with A (r, in) and B (out, r) in float32, whatever W is (LoRA)."""
+    """A (r, in) and B (out, r), in float32 whatever W is, and the scale of B A."""
 
     def __init__(self, A, B, scale):
         super().__init__()
@@ -86,10 +79,6 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(B.float())
         self.scale = scale
         self.on = True
-
-    def forward(self, x):
-        h = F.linear(x, self.A.to(x.dtype))                      # (..., r)
-        return self.scale * F.linear(h, self.B.to(x.dtype))
 
 
 def rope_table(positions, size, theta):
@@ -125,8 +114,9 @@ class Block(nn.Module):
         self.k_proj = Linear(d, kv_size)
         self.v_proj = Linear(d, kv_size)
         self.attn_out = Linear(q_size, d)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        norm = RMSNorm if c.qk_norm else nn.Identity             # Identity ignores its arguments
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
         self.ff_norm = RMSNorm(d, c.rms_norm_eps)
         self.ff_proj = Linear(d, c.mlp_hidden_size)
         self.up_proj = Linear(d, c.mlp_hidden_size)
@@ -168,7 +158,6 @@ class LLaDA(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.compute_dtype = None       # to compute in, whatever the weights are; None = as those
-        self.folder = None              # that it was loaded from
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -247,28 +236,23 @@ class LLaDA(nn.Module):
         config = read_config(folder)
         weights = {}
         for name in weight_files(folder):
-            weights |= read_weights(Path(folder, name))              # not yet in memory: mapped
+            weights |= read_weights(folder, name)
         if 'lm_head.weight' in weights:
             config.weight_tying = False              # whatever config.json says of it
         with torch.device('meta'):
             model = cls(config)
-        model.folder = folder
         ours = {file_name(config, name): name for name, _ in model.named_parameters()}
-        weights = {ours.get(key, key): tensor for key, tensor in weights.items()}
-        if config.weight_tying and 'wte.weight' in weights:
-            weights['ff_out.weight'] = weights['wte.weight']
-        try:
+        weights = {ours.get(name, name): tensor for name, tensor in weights.items()}
+        if config.weight_tying:
+            weights['ff_out.weight'] = weights.get('wte.weight')
+        with explained(f'{folder}: weights and config.json do not fit; is the download complete?'):
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as e:                    # a tensor is missing, extra or misshapen
-            first = str(e).splitlines()[1].strip()[:200]             # line 0 is a heading
-            raise ValueError(f'{folder}: model*.safetensors and config.json do not fit ({first})'
-                             ': is the download complete?') from None
         if config.weight_tying:
             model.ff_out.weight = model.wte.weight   # one parameter, also when it is trained
         return model.to(device, dtype)
 
     @torch.no_grad()
-    def save_pretrained(self, folder, max_shard_size='5GB'):
+    def save_pretrained(self, folder):
         """Writes config.json and the weights, adapters merged into them; the model stays as it is.
 
         They are written in the dtype that the model computes in. OSError where the disk is full.
@@ -281,15 +265,12 @@ class LLaDA(nn.Module):
             if '.adapters.' in name:
                 continue
             layer = self.get_submodule(name.removesuffix('.weight'))
-            if isinstance(layer, Linear):
-                tensor = layer.merged_weight()
+            for adapter in getattr(layer, 'adapters', []):
+                tensor = tensor.float() + adapter.scale * adapter.B @ adapter.A
             weights[file_name(self.config, name)] = tensor.to('cpu', dtype)
-        with disk_errors(folder):
-            save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
-        code = list(Path(self.folder).glob('*.py')) if self.folder else []
-        for path in code:
-            shutil.copy(path, folder)
-        keys = config_keys(self.config, dtype, bool(code))
+        with explained(f'{folder} cannot be written', OSError):
+            save_torch_state_dict(weights, folder)
+        keys = config_keys(self.config, dtype)
         Path(folder, 'config.json').write_text(json.dumps(keys, indent=2))
 
 
@@ -297,8 +278,6 @@ class LLaDA(nn.Module):
 # Adapters stay beside W while a run goes on: an update added to bfloat16 weights is rounded away.
 
 LORA_LAYERS = 'q_proj k_proj v_proj attn_out ff_proj up_proj ff_out'.split()     # of a block
-LORA_A = 'base_model.model.{}.lora_A.weight'     # peft's names of the tensors of a layer
-LORA_B = 'base_model.model.{}.lora_B.weight'
 
 
 def add_lora(model, rank=128, alpha=64, targets=('q_proj', 'k_proj', 'v_proj'), seed=0):
@@ -324,10 +303,8 @@ def last_adapter_off(model):
 
     A model of which no adapter is trained, such as a frozen copy, stays as it is.
     """
-    trained = []
-    for module in model.modules():
-        if isinstance(module, Adapter) and module.A.requires_grad:       # the last that was added
-            trained.append(module)
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    trained = [adapter for adapter in adapters if adapter.A.requires_grad]      # the last one's
     for adapter in trained:
         adapter.on = False
     try:
@@ -338,12 +315,9 @@ def last_adapter_off(model):
 
 
 def linear_layers(model):
-    """{what peft calls a layer, its path in the published model: Linear}."""
-    layers = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
-            layers[file_name(model.config, name + '.weight').removesuffix('.weight')] = layer
-    return layers
+    """{path of a layer in the published model, as peft names it: Linear}, without a tied head."""
+    return {file_name(model.config, name): layer for name, layer in model.named_modules()
+            if isinstance(layer, Linear) and layer.weight is not model.wte.weight}
 
 
 @torch.no_grad()
@@ -358,8 +332,8 @@ def save_adapter(folder, model, base_name):
         if layer.adapters:
             A = torch.cat([adapter.A for adapter in layer.adapters])                     # (r, in)
             B = torch.cat([adapter.scale * adapter.B for adapter in layer.adapters], 1)  # (out, r)
-            tensors[LORA_A.format(path)] = A.cpu()
-            tensors[LORA_B.format(path)] = B.cpu()
+            tensors[f'base_model.model.{path}.lora_A.weight'] = A.cpu()
+            tensors[f'base_model.model.{path}.lora_B.weight'] = B.cpu()
             ranks[path] = len(A)
     rank = max(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
@@ -367,7 +341,7 @@ def save_adapter(folder, model, base_name):
                   target_modules=list(ranks), r=rank, lora_alpha=rank,
                   rank_pattern=others, alpha_pattern=others)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder):
+    with explained(f'{folder} cannot be written', OSError):
         save_file(tensors, Path(folder, 'adapter_model.safetensors'))
     Path(folder, 'adapter_config.json').write_text(json.dumps(config, indent=2))
 
@@ -390,26 +364,24 @@ def load_adapter(folder, model):
     """
     config = read_json(folder, 'adapter_config.json')
     refuse_others(folder, config, PLAIN_LORA)
-    tensors = read_weights(Path(folder, 'adapter_model.safetensors'))
+    tensors = read_weights(folder, 'adapter_model.safetensors')
     layers = linear_layers(model)
-    pairs = {}
-    for path in layers:
-        names = LORA_A.format(path), LORA_B.format(path)
-        if tensors.keys() >= set(names):
-            pairs[path] = [tensors.pop(name) for name in names]
-    if tensors or not pairs:
-        first = min(tensors, default='no tensor')
-        raise ValueError(f'{folder} is an adapter of another model or kind: it has {first}')
-    ranks = pattern_values(folder, config, 'rank_pattern', pairs, config.get('r', 8))
-    alphas = pattern_values(folder, config, 'alpha_pattern', pairs, config.get('lora_alpha', 8))
+    paths = [path for path in layers if f'base_model.model.{path}.lora_A.weight' in tensors]
+    ranks = pattern_values(folder, config, 'rank_pattern', paths, config.get('r', 8))
+    alphas = pattern_values(folder, config, 'alpha_pattern', paths, config.get('lora_alpha', 8))
     adapters = {}
-    for path, (A, B) in pairs.items():
+    for path in paths:
+        A = tensors.pop(f'base_model.model.{path}.lora_A.weight')
+        B = tensors.pop(f'base_model.model.{path}.lora_B.weight', torch.empty(0))
         rank = ranks[path]
-        weight = layers[path].weight
-        if A.shape != (rank, weight.size(1)) or B.shape != (weight.size(0), rank):
+        out_size, in_size = layers[path].weight.shape
+        if A.shape != (rank, in_size) or B.shape != (out_size, rank):
             raise ValueError(f'{folder} is an adapter of another model or rank: look at {path}')
         scale = alphas[path] / (math.sqrt(rank) if config.get('use_rslora') else rank)
         adapters[path] = Adapter(A, B, scale).requires_grad_(False)
+    if tensors or not adapters:
+        first = min(tensors, default='no tensor')
+        raise ValueError(f'{folder} is an adapter of another model or kind: it has {first}')
     for path, adapter in adapters.items():
         layers[path].adapters.append(adapter.to(model.device))
 
@@ -420,17 +392,13 @@ def pattern_values(folder, config, key, paths, default):
     A pattern is a regular expression for a path or for its end, from a dot on; the first that fits
     counts. ValueError on one that fits none.
     """
-    values = {}
-    for pattern, value in (config.get(key) or {}).items():
-        try:
-            fits = [path for path in paths if re.fullmatch(rf'(.*\.)?({pattern})', path)]
-        except re.error:                # no regular expression
-            fits = []
+    values = dict.fromkeys(paths, default)
+    for pattern, value in reversed((config.get(key) or {}).items()):     # so that the first wins
+        fits = [path for path in paths if re.fullmatch(rf'(.*\.)?({pattern})', path)]
         if not fits:
             raise ValueError(f'{folder} has {key} {pattern!r}, which fits no layer of the adapter')
-        for path in fits:
-            values.setdefault(path, value)
-    return {path: values.get(path, default) for path in paths}
+        values.update(dict.fromkeys(fits, value))
+    return values
 
 
 # ---- folders ----
@@ -442,11 +410,10 @@ def table(text):
 
 PREFIX = 'model.transformer.'            # in front of every tensor's name in LLaDA's files
 QWEN3_NAMES = table('''
-    wte.=embed_tokens. ln_f.=norm. blocks.=layers.
-    .attn_norm.=.input_layernorm. .ff_norm.=.post_attention_layernorm.
-    .q_proj.=.self_attn.q_proj. .k_proj.=.self_attn.k_proj. .v_proj.=.self_attn.v_proj.
-    .attn_out.=.self_attn.o_proj. .q_norm.=.self_attn.q_norm. .k_norm.=.self_attn.k_norm.
-    .ff_proj.=.mlp.gate_proj. .up_proj.=.mlp.up_proj. .ff_out.=.mlp.down_proj.''')
+    wte=embed_tokens ln_f=norm blocks=layers attn_norm=input_layernorm
+    ff_norm=post_attention_layernorm q_proj=self_attn.q_proj k_proj=self_attn.k_proj
+    v_proj=self_attn.v_proj attn_out=self_attn.o_proj q_norm=self_attn.q_norm
+    k_norm=self_attn.k_norm ff_proj=mlp.gate_proj up_proj=mlp.up_proj ff_out=mlp.down_proj''')
 # Per layout: what config.json calls the sizes of Config ...
 KEYS = dict(llada=table('''
     d_model=d_model n_heads=n_heads n_kv_heads=n_kv_heads n_layers=n_layers
@@ -456,7 +423,8 @@ KEYS = dict(llada=table('''
     d_model=hidden_size n_heads=num_attention_heads n_kv_heads=num_key_value_heads
     n_layers=num_hidden_layers mlp_hidden_size=intermediate_size embedding_size=vocab_size
     rope_theta=rope_theta max_sequence_length=max_position_embeddings rms_norm_eps=rms_norm_eps
-    mask_id=mask_token_id eos_id=eos_token_id head_dim=head_dim weight_tying=tie_word_embeddings'''))
+    mask_id=mask_token_id eos_id=eos_token_id head_dim=head_dim
+    weight_tying=tie_word_embeddings'''))
 # ... and the switches whose other values are other networks.
 SWITCHES = dict(llada=json.loads('''{
     "activation_type": ["silu"], "alibi": [false], "attention_layer_norm": [false],
@@ -473,14 +441,12 @@ REMOTE_CODE = 'GSAI-ML/LLaDA-8B-Instruct'    # where transformers finds the clas
 
 
 def file_name(config, name):
-    """What the weight files call our tensor."""
+    """What the published files call our tensor or layer."""
     if config.layout == 'llada':
         return PREFIX + name
-    if name == 'ff_out.weight':
-        return 'lm_head.weight'
-    for ours, theirs in QWEN3_NAMES.items():
-        name = name.replace(ours, theirs)
-    return 'model.' + name
+    if name.startswith('ff_out'):                # at the top: the LM head
+        return name.replace('ff_out', 'lm_head')
+    return 'model.' + '.'.join(QWEN3_NAMES.get(part, part) for part in name.split('.'))
 
 
 def refuse_others(folder, keys, known):
@@ -496,8 +462,12 @@ def read_config(folder):
     layout = 'llada'
     if 'qwen3' in str(keys.get('model_type')):
         layout = 'qwen3'
-        rope = keys.get('rope_parameters') or keys.get('rope_scaling') or {}
+        rope = {**(keys.get('rope_parameters') or {}), **(keys.get('rope_scaling') or {})}
         keys = {**QWEN3_IDS, **keys, **rope}
+    elif keys.get('auto_map') and not [*Path(folder).glob('*.py')]:
+        # the code is not here: name the repository that has it
+        file_keys['auto_map'] = {name: file if '--' in file else f'{REMOTE_CODE}--{file}'
+                                 for name, file in keys['auto_map'].items()}
     refuse_others(folder, keys, SWITCHES[layout])
     sizes = {}
     for ours, theirs in KEYS[layout].items():
@@ -508,22 +478,11 @@ def read_config(folder):
     return Config(**sizes, layout=layout, qk_norm=layout == 'qwen3', file_keys=file_keys)
 
 
-def config_keys(config, dtype, has_code):
-    """config.json for weights in dtype: as it was read, but for what has changed.
-
-    has_code: auto_map's own files lie beside it; else it names the repository that has them.
-    """
+def config_keys(config, dtype):
+    """config.json for weights in dtype: as it was read, with our sizes."""
     keys = dict(config.file_keys)
-    if config.layout == 'qwen3':
-        keys['tie_word_embeddings'] = config.weight_tying
-    else:
-        plain = {name: values[0] for name, values in SWITCHES['llada'].items()}
-        sizes = {theirs: getattr(config, ours) for ours, theirs in KEYS['llada'].items()}
-        keys = dict(architectures=['LLaDAModelLM'], vocab_size=config.embedding_size,
-                    pad_token_id=config.eos_id) | plain | sizes | keys
-        if 'auto_map' in keys and not has_code:
-            keys['auto_map'] = {name: file if '--' in file else f'{REMOTE_CODE}--{file}'
-                                for name, file in keys['auto_map'].items()}
+    for ours, theirs in KEYS[config.layout].items():
+        keys[theirs] = getattr(config, ours)
     for name in {'dtype', 'torch_dtype'} & keys.keys():          # transformers casts to it
         keys[name] = str(dtype).removeprefix('torch.')
     return keys
@@ -536,47 +495,39 @@ def fetch(name):
     if Path(name).is_dir():
         return name
     from huggingface_hub import snapshot_download
-    try:
+    with explained(f'{name} is no folder, and the hub gave no model: are name and network right?'):
         return snapshot_download(
             name, allow_patterns=['*.json', '*.jinja', '*.safetensors', '*.py'])
-    except Exception as e:
-        raise ValueError(f'{name} is no folder, and the hub gave no model of that name '
-                         f'({type(e).__name__}): check the name and the network') from None
 
 
 def read_json(folder, name):
-    path = Path(folder, name)
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise ValueError(f'{path} cannot be read: {e}') from None
+    """The dict in a JSON file of the folder; ValueError where there is none."""
+    with explained(f'{folder}/{name} cannot be read'):
+        return dict(json.loads(Path(folder, name).read_text()))
 
 
 def weight_files(folder):
     """The names of the files that transformers would read: the single one, else the index's."""
     index = 'model.safetensors.index.json'
-    if Path(folder, 'model.safetensors').exists() or not Path(folder, index).exists():
-        return ['model.safetensors']
-    return sorted(set(read_json(folder, index).get('weight_map', {}).values()))
+    if Path(folder, index).exists() and not Path(folder, 'model.safetensors').exists():
+        return set(read_json(folder, index).get('weight_map', {}).values())
+    return ['model.safetensors']
 
 
-def read_weights(file):
-    if not Path(file).exists():
-        raise ValueError(f'{file} is missing: is the download complete? Weights are read from '
-                         'safetensors, not from .bin files')
-    try:
-        return load_file(file)
-    except Exception as e:              # safetensors has its own types for a cut or foreign file
-        raise ValueError(f'{file} is no whole weight file ({e}): get it again') from None
+def read_weights(folder, name):
+    """{name: tensor}, mapped from the file: not yet in memory."""
+    with explained(f'{folder}/{name} cannot be read; safetensors are needed, whole, and no .bin'):
+        return load_file(Path(folder, name))
 
 
 @contextlib.contextmanager
-def disk_errors(folder):
-    """Makes safetensors' own error inside, of a full disk say, the OSError that it is."""
+def explained(message, kind=ValueError):
+    """Whatever fails inside ends in one line: the message, and what was raised."""
     try:
         yield
-    except SafetensorError as e:
-        raise OSError(f'{folder} cannot be written: {e}') from None
+    except Exception as e:      # safetensors, the hub, tokenizers and jinja have their own types
+        reason = ' '.join(str(e).split())[:300]
+        raise kind(f'{message} ({type(e).__name__}: {reason})') from None
 
 
 def load(name, dtype=torch.float32, device='cpu'):
@@ -588,33 +539,28 @@ def load(name, dtype=torch.float32, device='cpu'):
 def load_tokenizer(name, config):
     """The tokenizer of a folder or hub id; all that ends its turns joins config.end_ids."""
     from transformers import PreTrainedTokenizerFast     # AutoTokenizer would ask for a model class
-    try:
+    with explained(f'{name} has no tokenizer with a chat template: is this the Instruct model?'):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(fetch(name))
-        message = [dict(role='user', content='Hi')]
-        tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    except Exception as e:              # transformers, tokenizers and jinja raise many types here
-        line = str(e).split('\n')[0]
-        raise ValueError(f'{name} has no usable tokenizer with a chat template '
-                         f'({type(e).__name__}: {line}): is this the Instruct model?') from None
+        tokenizer.apply_chat_template([dict(role='user', content='Hi')])
     vocab = tokenizer.get_vocab()
     masks = [vocab.get(token) for token in ('<|mdm_mask|>', '<|mask|>', tokenizer.mask_token)]
     known = (tokenizer.eos_token, '<|eot_id|>', '<|im_end|>', '<|endoftext|>')
     ends = [vocab[token] for token in known if token in vocab]
-    agree = config.mask_id in masks and config.eos_id in ends
-    if not agree or len(tokenizer) > config.embedding_size:
+    size = config.embedding_size
+    if config.mask_id not in masks or config.eos_id not in ends or len(tokenizer) > size:
         raise ValueError(f'{name} contradicts itself: mask and eos are {config.mask_id} and '
-                         f'{config.eos_id} of {config.embedding_size} tokens in config.json, but '
-                         f'{masks} and {ends} in its tokenizer')
+                         f'{config.eos_id} of {size} tokens in config.json, but {masks} and {ends} '
+                         f'of {len(tokenizer)} in its tokenizer')
     config.end_ids = tuple(dict.fromkeys(ends))
     return tokenizer
 
 
 def save_tokenizer(folder, source):
-    """Copies the tokenizer's files of `source`, a folder or hub id, as its software wrote them.
+    """Copies the files of a tokenizer, and the code of auto_map, from a folder or hub id.
 
-    transformers 5 would write the name of a class that older versions, which LLaDA's own code
-    needs, do not have.
+    They stay as they were written: transformers 5 would write the name of a class that older
+    versions, which LLaDA's own code needs, do not have.
     """
-    for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*'):
+    for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*', '*.py'):
         for path in Path(fetch(source)).glob(pattern):
             shutil.copy(path, folder)

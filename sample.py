@@ -142,17 +142,17 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
     generators = generators or [None] * B
     counts = commit_counts(block_length, steps * block_length // gen_length)
     commit_steps = torch.zeros_like(ids)
-    step = 0
+    step = torch.zeros_like(ids[:, :1])              # (B, 1): rows may take more or fewer steps
     rows = torch.arange(B, device=ids.device)                    # (R,): those without an end so far
     for start in range(P, P + gen_length, block_length):
         stop = start + block_length
         block = torch.arange(start, stop, device=ids.device)
         active = rows                                # (A,): those with masks left in the block
         kv = model.new_cache(len(rows), ids.size(1)) if cache else None
-        first_step = step
+        block_step = 0
         while len(active):
             # with a cache the first step of a block sees all tokens, the others only the block
-            left = start if cache and step > first_step else 0
+            left = start if cache and block_step else 0
             right = stop if left else ids.size(1)
             seen = None if real is None else real[active]
             positions = (block - left).expand(len(active), -1)               # (A, block_length)
@@ -163,15 +163,16 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
             before = ids[active, start:stop]                                 # (A, block_length)
             is_mask = before == mask_id
             confidence = confidence.masked_fill(~is_mask, -1)
-            count = 1 if threshold else counts[step - first_step]
+            count = 1 if threshold else counts[block_step]
             surest = confidence.topk(count).indices
             commit = torch.zeros_like(is_mask).scatter(1, surest, True)      # (A, block_length)
             if threshold:
                 commit |= confidence >= threshold
             ids[active, start:stop] = tokens.where(commit, before)
             steps_before = commit_steps[active, start:stop]
-            commit_steps[active, start:stop] = steps_before.masked_fill(commit, step)
-            step += 1
+            commit_steps[active, start:stop] = step[active].where(commit, steps_before)
+            step[active] += 1
+            block_step += 1
             unfilled = (is_mask & ~commit).any(dim=1)                        # (A,)
             active = active[unfilled]
             if cache:
@@ -179,7 +180,7 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
         # as in generate
         ended = has_end(ids[rows, start:stop], model.config)
         ids[rows[ended], stop:] = model.config.eos_id
-        commit_steps[rows[ended], stop:] = step - 1
+        commit_steps[rows[ended], stop:] = step[rows[ended]] - 1
         rows = rows[~ended]
         if len(rows) == 0:
             break

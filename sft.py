@@ -86,7 +86,7 @@ def load_s1k(source):
     if source == 'hub':
         sources = [('simplescaling/s1K', None, 'train')]
     elif source == 'nano':
-        sources = [(str(rewards.NANO / 'sft.jsonl'),)]
+        sources = [(str(rewards.FOLDER / 'assets/nano/sft.jsonl'),)]
     else:
         sources = [(source,)]
     return rewards.load_rows(sources, s1k_row)

@@ -1,6 +1,6 @@
 """What grpo.py and train.train_grpo claim: d1's advantages, masks, loss and updates, and learning.
 
-The updates are held against Algorithm 1 written down a second time, as plainly as possible.
+algorithm_1 is the specification: Algorithm 1 of the paper a second time, as plainly as possible.
 """
 import copy
 import json
@@ -13,10 +13,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import rewards
 import train
-from grpo import (completion_mask, espo_loss, fixed_logps, group_advantages, grpo_loss, policy_loss,
-                  rollout, stable_loss, wd1_loss)
+from grpo import (espo_loss, group_advantages, grpo_loss, old_and_ref_logps, policy_loss, rollout,
+                  stable_loss, up_to_end, wd1_loss)
 from loglik import completion_logps, draw_views, random_prompt_mask
 from model import LLaDA, add_lora
+from sample import generate, torch_stream
 from tiny import EOS, GOLDEN, MASK, bias, tiny, tokens
 
 NORMS = ['token', 'sequence']
@@ -35,12 +36,15 @@ def test_loss_and_gradient_match_the_official_code(case, norm, beta):
     logps = completion_logps(model, prompt_ids, completion_ids, golden['prompt_masks'][0])
     advantages = group_advantages(golden['rewards'], 3)
     torch.testing.assert_close(advantages, golden['advantages'])
+    mask = up_to_end(completion_ids, model.config.end_ids)
+    assert torch.equal(mask, golden['completion_mask'].bool())
     loss, stats = grpo_loss(logps, golden['old_logps'][0], golden['ref_logps'][0], advantages,
-                            golden['completion_mask'], 0.5, beta, norm)
+                            mask, 0.5, beta, norm)
     loss.backward()
     assert loss.item() == pytest.approx(expected['loss'], rel=1e-5, abs=2e-6)
     grad_norm = clip_grad_norm_(model.parameters(), math.inf).item()
     assert grad_norm == pytest.approx(expected['grad_norm'], rel=1e-4)
+    assert ('kl' in stats) == (beta > 0), 'no KL is shown where none is computed'
     if norm == 'token' and beta:
         assert stats['kl'] == pytest.approx(expected['kl'], rel=1e-4)
 
@@ -54,26 +58,33 @@ def test_group_advantages_by_hand():
     assert given.tolist() == [3.0, 0.0, 0.0, 1.0, 1.0, 1.0], 'a reward never becomes an advantage'
 
 
+def test_advantages_may_be_divided_by_the_std_of_their_group():
+    found = group_advantages(torch.tensor([0.0, 2.0, 1.0, 1.0]), 2, divide_by_std=True)
+    torch.testing.assert_close(found, torch.tensor([-1, 1, 0, 0]) / 2 ** 0.5, atol=1e-3, rtol=0)
+    found = group_advantages(torch.tensor([0.0, 2e-4]), 2, divide_by_std=True)
+    torch.testing.assert_close(found, torch.tensor([-1, 1]) / (2 ** 0.5 + 1))    # std + 1e-4
+
+
 @pytest.mark.parametrize('row, length', [([5, 6, 7, 8], 4), ([0, 6, 7, 8], 1), ([5, 0, 7, 0], 2),
                                          ([5, 6, 7, 0], 4), ([9, 0, 0, 0], 1), ([5, 0, 9, 9], 2)])
 def test_a_completion_goes_up_to_its_first_end(row, length):
-    mask = completion_mask(torch.tensor([[5, 5, 5, 5], row]), (0, 9))
+    mask = up_to_end(torch.tensor([[5, 5, 5, 5], row]), (0, 9))
     assert mask.dtype == torch.bool
     assert mask.tolist() == [[True] * 4, [True] * length + [False] * (4 - length)]
 
 
 # ---- the loss ----
 
-def case(B=3, L=5):
+def a_group():
     """Log-probs that ask for a gradient, old and reference ones, advantages, a ragged mask."""
     g = torch.Generator().manual_seed(0)
-    logps, old_logps, ref_logps = (-3 * torch.rand(B, L, generator=g) for _ in range(3))
-    mask = torch.arange(L) < torch.tensor([[L], [2], [1]])
+    logps, old_logps, ref_logps = (-3 * torch.rand(3, 5, generator=g) for _ in range(3))
+    mask = torch.arange(5) < torch.tensor([[5], [2], [1]])
     return logps.requires_grad_(), old_logps, ref_logps, torch.tensor([1.0, -2.0, 0.5]), mask
 
 
 def test_loss_by_hand_on_ragged_masks():
-    logps, old_logps, ref_logps, advantages, mask = case()
+    logps, old_logps, ref_logps, advantages, mask = a_group()
     rows = []
     for i, A in enumerate(advantages.tolist()):
         row = []
@@ -93,26 +104,26 @@ def test_loss_by_hand_on_ragged_masks():
 
 # advantage, ratio, is the gradient cut? (epsilon 0.5)
 CLIPPING = [(1.0, 1.6, True), (1.0, 1.4, False), (1.0, 0.4, False), (1.0, 1.0, False),
-            (-1.0, 0.4, True), (-1.0, 0.6, False), (-1.0, 1.6, False), (-1.0, 1.0, False)]
+            (-1.0, 0.4, True), (-1.0, 0.6, False), (-1.0, 1.6, False), (-1.0, 1.0, False),
+            (0.0, 1.6, False), (0.0, 0.4, False)]
 
 
 @pytest.mark.parametrize('advantage, ratio, cut', CLIPPING)
-def test_loss_clips_both_signs(advantage, ratio, cut):
+def test_loss_clips_both_signs_and_counts_what_it_cuts(advantage, ratio, cut):
     logps = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1).bool()
     loss, stats = grpo_loss(logps, zero, None, torch.tensor([advantage]), one, 0.5, 0.0)
     loss.backward()
     bound = 1.5 if advantage > 0 else 0.5
     assert loss.item() == pytest.approx(-advantage * (bound if cut else ratio), rel=1e-6)
     gradient = 0.0 if cut else -advantage * ratio
     assert logps.grad.item() == pytest.approx(gradient, rel=1e-6, abs=1e-12)
-    assert stats['ratio'] == pytest.approx(ratio, rel=1e-6)
-    assert stats['clip_high'] == (cut and advantage > 0)
-    assert stats['clip_low'] == (cut and advantage < 0)
+    assert stats == dict(ratio=pytest.approx(ratio), clip_high=cut and advantage > 0,
+                         clip_low=cut and advantage < 0)
 
 
 def test_kl_is_k3():
-    logps, old_logps, _, advantages, mask = case()
+    logps, old_logps, _, advantages, mask = a_group()
     for gap in (-8.0, -1.0, 0.0, 1.0, 8.0):
         stats = grpo_loss(logps, old_logps, logps.detach() + gap, advantages, mask)[1]
         assert stats['kl'] == pytest.approx(math.exp(gap) - gap - 1, rel=1e-5, abs=1e-12)
@@ -120,7 +131,7 @@ def test_kl_is_k3():
 
 @pytest.mark.parametrize('norm', NORMS)
 def test_nothing_after_the_end_counts_not_even_nan(norm):
-    logps, old_logps, ref_logps, advantages, mask = case()
+    logps, old_logps, ref_logps, advantages, mask = a_group()
     loss, stats = grpo_loss(logps, old_logps, ref_logps, advantages, mask, norm=norm)
     loss.backward()
     gradient = logps.grad.clone()
@@ -136,27 +147,26 @@ def test_nothing_after_the_end_counts_not_even_nan(norm):
 
 @pytest.mark.parametrize('old, advantage', [(-200.0, 1.0), (-200.0, 0.0), (200.0, -1.0)])
 def test_a_ratio_beyond_float32_leaves_the_gradient_finite(old, advantage):
-    logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    old_logps, ref_logps = torch.tensor([[old, -2.0]]), torch.tensor([[-old, -2.0]])
-    loss, _ = grpo_loss(logps, old_logps, ref_logps, torch.tensor([advantage]), torch.ones(1, 2))
-    loss.backward()
-    assert loss.isfinite() and logps.grad.isfinite().all()
-
-
-@pytest.mark.parametrize('norm', NORMS)
-def test_empty_completions_give_a_finite_loss(norm):
-    logps, old_logps, ref_logps, advantages, mask = case()
-    for rows in ([1], [0, 1, 2]):                # one row without a token that counts, then all
-        mask[rows] = False
-        logps.grad = None
-        loss, stats = grpo_loss(logps, old_logps, ref_logps, advantages, mask, norm=norm)
+    for loss_function in (grpo_loss, stable_loss):
+        logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        old_logps, ref_logps = torch.tensor([[old, -2.0]]), torch.tensor([[-old, -2.0]])
+        everything = torch.ones(1, 2).bool()
+        loss, _ = loss_function(logps, old_logps, ref_logps, torch.tensor([advantage]), everything,
+                                0.5, 0.04)
         loss.backward()
         assert loss.isfinite() and logps.grad.isfinite().all()
-        assert (logps.grad[rows] == 0).all()
-    assert loss.item() == 0.0
 
 
-# ---- a rollout, and what stays fixed in its updates ----
+def test_the_defaults_are_d1s():
+    arguments = a_group()
+    expected = grpo_loss(*arguments, epsilon=0.5, beta=0.04, norm='token')
+    found = grpo_loss(*arguments)
+    assert found[0].item() == expected[0].item() and found[1] == expected[1]
+    for other in (dict(epsilon=0.3), dict(beta=0.08), dict(norm='sequence')):
+        assert grpo_loss(*arguments, **other)[0].item() != expected[0].item(), other
+
+
+# ---- a rollout, and what an update needs of the policies that do not change ----
 
 class Letters:
     """A tokenizer of one letter per token."""
@@ -164,7 +174,7 @@ class Letters:
         return dict(input_ids=[ord(letter) - ord('a') for letter in text])
 
     def decode(self, ids, skip_special_tokens=False):
-        kept = [i for i in ids.tolist() if not (skip_special_tokens and i in (EOS, MASK))]
+        kept = [int(i) for i in ids if not (skip_special_tokens and i in (EOS, MASK))]
         return ''.join(chr(ord('a') + i) for i in kept)
 
 
@@ -175,9 +185,13 @@ def put_reward(monkeypatch, reward, task='gsm8k'):
     monkeypatch.setitem(rewards.TASKS, task, rewards.TASKS[task]._replace(grade=grade))
 
 
+def varied(text, example):
+    return 1.0 + len(set(text)) + text.count('m')
+
+
 def groups_of(model, problems, seed=0, step=0, G=4, **knobs):
     sampling = dict(gen_length=8, block_length=4, steps=4, temperature=1.0)
-    return rollout(model, Letters(), problems, G, sampling, seed=seed, step=step, **knobs)
+    return rollout(model, Letters(), problems, G, sampling, seed, step, **knobs)
 
 
 PROBLEMS = [(0, 'gsm8k', [5, 6, 7], dict(bonus=1)), (3, 'math', [8] * 6, dict(bonus=2)),
@@ -186,128 +200,136 @@ PROBLEMS = [(0, 'gsm8k', [5, 6, 7], dict(bonus=1)), (3, 'math', [8] * 6, dict(bo
 
 def test_groups_are_the_same_in_one_call_and_one_by_one(monkeypatch):
     model = bias(tiny(), {EOS: 1.0})
-    put_reward(monkeypatch, lambda text, example: len(text) + example['bonus'])
-    put_reward(monkeypatch, lambda text, example: -text.count('m') - example['bonus'], 'math')
+
+    def length(text, example):
+        return len(text) + example['bonus']
+
+    def lacking_m(text, example):
+        return -text.count('m') - example['bonus']
+    put_reward(monkeypatch, length)
+    put_reward(monkeypatch, lacking_m, 'math')
     groups = groups_of(model, PROBLEMS)
-    for problem, group in zip(PROBLEMS, groups):
+    for problem, group in zip(PROBLEMS, groups, strict=True):
         [alone] = groups_of(model, [problem])
-        k, task, prompt, example = problem
-        assert (group.k, group.task, group.example) == (k, task, example)
+        number, task, prompt, example = problem
+        assert (group.prompt_number, group.task, group.example) == (number, task, example)
         assert group.prompt_ids.tolist() == [prompt] * 4
-        mask = completion_mask(group.completion_ids, (EOS,))
+        mask = up_to_end(group.completion_ids, (EOS,))
         assert torch.equal(group.completion_mask, mask)
         assert group.texts == [Letters().decode(ids[keep], True)
                                for ids, keep in zip(group.completion_ids, mask)]
         expected = [rewards.TASKS[task].grade(text, example)[0] for text in group.texts]
         assert group.rewards.tolist() == expected
         assert torch.equal(group.advantages, group_advantages(group.rewards, 4))
-        for name in ('prompt_ids', 'completion_ids', 'completion_mask', 'rewards', 'advantages',
-                     'order'):
-            assert torch.equal(getattr(group, name), getattr(alone, name)), name
-        assert group.order[:, :4].sort(dim=1).values.tolist() == [[0, 0, 1, 1]] * 4
+        for ours, other in zip(group, alone):
+            assert torch.equal(ours, other) if isinstance(ours, torch.Tensor) else ours == other
+        assert group.commit_steps[:, :4].sort(dim=1).values.tolist() == [[0, 0, 1, 1]] * 4
     ended = torch.cat([~group.completion_mask[:, -1] for group in groups])
     assert ended.any() and not ended.all()
 
 
 def test_the_prefill_is_rewarded_too_and_advantages_may_be_divided(monkeypatch):
-    put_reward(monkeypatch, lambda text, example: len(text))
+    put_reward(monkeypatch, varied)
     [group] = groups_of(bias(tiny(), {EOS: 1.0}), PROBLEMS[:1], prefill='ab', divide_by_std=True)
     assert all(text.startswith('ab') for text in group.texts)
-    assert group.rewards.tolist() == [len(text) for text in group.texts]
+    assert group.rewards.tolist() == [varied(text, None) for text in group.texts]
     assert torch.equal(group.advantages, group_advantages(group.rewards, 4, divide_by_std=True))
     assert not torch.equal(group.advantages, group_advantages(group.rewards, 4))
 
 
 def test_every_row_has_a_stream_of_seed_step_prompt_and_row(monkeypatch):
-    put_reward(monkeypatch, lambda text, example: 0.0)
+    put_reward(monkeypatch, varied)
     model = tiny()
 
-    def completions(k=0, **key):
-        return groups_of(model, [(k, 'gsm8k', [5, 6, 7], {})], **key)[0].completion_ids
+    def completions(number=0, **key):
+        return groups_of(model, [(number, 'gsm8k', [5, 6, 7], {})], **key)[0].completion_ids
     first = completions()
     assert torch.equal(completions(), first) and len(first.unique(dim=0)) == 4
     assert torch.equal(completions(G=6)[:4], first)
-    for other in (completions(k=1), completions(seed=1), completions(step=1)):
+    for other in (completions(number=1), completions(seed=1), completions(step=1)):
         assert not (other == first).all(1).any()
 
 
 def policies(kind):
-    """A policy that has moved a little from its reference, and the reference as train.py has it."""
+    """A policy that has moved a little from its reference, the reference, and what it was."""
     model = bias(tiny(), {EOS: 1.0})
+    if kind == 'after SFT':                      # with an adapter of SFT, which the reference has
+        add_lora(model, 4, 8, ('v_proj', 'up_proj'), seed=1)
+        for p in model.parameters():
+            p.data += 0.05 * p.requires_grad
     start = copy.deepcopy(model)
-    reference = start
-    if kind == 'lora':
-        reference = add_lora(model, 4, 8)
+    reference = start.requires_grad_(False)
+    if kind != 'full':
+        reference = add_lora(model, 4, 8, ('v_proj', 'up_proj'))
     for p in model.parameters():
         p.data += 0.05 * p.requires_grad
     return model, reference, start
 
 
-@pytest.mark.parametrize('kind', ['full', 'lora'])
-def test_fixed_logps_are_those_of_every_mask(monkeypatch, kind):
-    put_reward(monkeypatch, lambda text, example: 0.0)
+@pytest.mark.parametrize('kind', ['full', 'LoRA', 'after SFT'])
+def test_old_and_reference_logps_see_what_the_policy_sees(monkeypatch, kind):
+    put_reward(monkeypatch, varied)
     model, reference, start = policies(kind)
     [group] = groups_of(model, PROBLEMS[:1])
-    for seed in range(3):                        # mu = 3
-        g = torch.Generator().manual_seed(seed)
-        group.prompt_masks.append(random_prompt_mask(group.prompt_ids, 0.5, g))
-        group.views.append(draw_views('coupled', 2, group.order, g))
-    found = fixed_logps(model, reference, group, 'grpo', 0.04)
-    for policy, all_logps in zip((model, start), found):
-        assert len(all_logps) == 3
-        for logps, prompt_mask, views in zip(all_logps, group.prompt_masks, group.views):
-            assert not logps.requires_grad
-            expected = completion_logps(policy, group.prompt_ids, group.completion_ids,
-                                        prompt_mask, group.completion_mask, views)
-            torch.testing.assert_close(logps, expected.detach())
-    assert (found[0][0] - found[1][0]).abs().max() > 0.01
-    assert fixed_logps(model, None, group, 'grpo', 0.0)[1] == [None] * 3
-    assert fixed_logps(None, None, group, 'wd1', 0.04) == ([None] * 3, [None] * 3)
+    g = torch.Generator().manual_seed(0)
+    prompt_mask = random_prompt_mask(group.prompt_ids, 0.5, g)
+    views = draw_views('coupled', 2, group.completion_ids, group.commit_steps, g)
+    arguments = group, prompt_mask, views
+    found = old_and_ref_logps(model, reference, *arguments, 'grpo', 0.04)
+    for policy, logps in zip((model, start), found, strict=True):
+        assert not logps.requires_grad
+        expected = completion_logps(policy, group.prompt_ids, group.completion_ids, prompt_mask,
+                                    group.completion_mask, views)
+        torch.testing.assert_close(logps, expected.detach())
+    assert (found[0] - found[1]).abs().max() > 0.01
+    # no pass is made whose log-probs nobody needs
+    assert old_and_ref_logps(model, None, *arguments, 'grpo', 0.0)[1] is None
+    assert old_and_ref_logps(None, None, *arguments, 'wd1', 0.04) == (None, None)
 
 
 # ---- other losses ----
 
-def a_group():
-    """logps that want a gradient, old and reference log-probs, advantages, a mask with an end."""
-    g = torch.Generator().manual_seed(0)
-    logps, old_logps, ref_logps = (torch.randn(3, 4, generator=g) for _ in range(3))
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    return logps.requires_grad_(), old_logps, ref_logps, torch.tensor([1.0, -2.0, 1.0]), mask
-
-
 def test_espo_has_one_ratio_per_sequence_of_its_mean_log_probs():
     logps, old_logps, ref_logps, A, mask = a_group()
-    expected = 0
+    expected, kl = 0, 0
     for row in range(3):
         keep = mask[row]
         ratio = (logps - old_logps)[row, keep].mean().exp()
-        kl = (logps - ref_logps)[row, keep].mean() ** 2 / 2
-        expected += (0.1 * kl - min(ratio * A[row], ratio.clamp(0.8, 1.2) * A[row])) / 3
+        kl = kl + (logps - ref_logps)[row, keep].mean() ** 2 / 2 / 3
+        expected -= min(ratio * A[row], ratio.clamp(0.8, 1.2) * A[row]) / 3
     loss, stats = espo_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected + 0.1 * kl)
+    assert stats['kl'] == pytest.approx(kl.item())
     assert stats['clip_high'] + stats['clip_low'] > 0
+    loss, stats = espo_loss(logps, old_logps, None, A, mask, 0.2, 0.0)
+    torch.testing.assert_close(loss, expected)
+    assert 'kl' not in stats
 
 
 def test_stable_drl_bounds_a_ratio_that_grpo_lets_through():
     """A token of negative advantage whose ratio is 1000 because of noise."""
     logps = torch.tensor([[0.0, 0.0]], requires_grad=True)
-    arguments = logps, torch.tensor([[-6.9, 0.0]]), None, torch.tensor([-1.0]), torch.ones(1, 2)
+    everything = torch.ones(1, 2).bool()
+    arguments = logps, torch.tensor([[-6.9, 0.0]]), None, torch.tensor([-1.0]), everything
     gradients = []
     for loss in (grpo_loss, stable_loss):
         value, _ = loss(*arguments, epsilon=0.2, beta=0.0)
         gradients.append(torch.autograd.grad(value, logps)[0])
     assert gradients[0][0, 0] > 100 and gradients[1].abs().max() < 1
+
+
+def test_stable_drl_divides_by_the_sum_of_clipped_ratios():
     logps, old_logps, ref_logps, A, mask = a_group()
     ratio = (logps - old_logps).exp().clamp(0.8, 1.2)[mask]
     kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1
-    rows = A[:, None].expand(3, 4)[mask]
+    rows = A[:, None].expand(3, 5)[mask]
     expected = 0.1 * kl[mask].mean() - (ratio * rows).sum() / ratio.sum()
     loss, stats = stable_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)
     torch.testing.assert_close(loss, expected)
     assert stats == grpo_loss(logps, old_logps, ref_logps, A, mask, 0.2, 0.1)[1]
     equal, _ = stable_loss(logps, old_logps, ref_logps, 0 * A, mask, 0.2, 0.1)
     torch.testing.assert_close(equal, 0.1 * kl[mask].mean())
-    assert stats['clip_high'] > 0 and stats['clip_low'] > 0
+    assert stats['clip_high'] > 0
 
 
 def test_wd1_weighs_log_probs_by_softmaxes_of_the_advantages():
@@ -317,66 +339,57 @@ def test_wd1_weighs_log_probs_by_softmaxes_of_the_advantages():
     expected = ((f / f.sum() - e / e.sum()) * means).sum()
     loss, stats = wd1_loss(logps, A, mask)
     torch.testing.assert_close(loss, expected)
-    assert stats == dict(ratio=1, clip_high=0, clip_low=0, kl=0)
+    assert stats == {}, 'it has no ratio and no KL'
 
 
-def test_each_kind_of_loss_is_reached_and_its_knobs_with_it():
+def test_each_loss_is_reached_by_its_name_and_its_knobs_with_it():
     arguments = a_group()
-    knobs = dict(epsilon=0.3, beta=0.2, norm='sequence', kl_estimate='k2')
-    found = {kind: policy_loss(*arguments, kind, **knobs)[0].item()
-             for kind in ('grpo', 'espo', 'stable', 'wd1')}
     logps, _, _, A, mask = arguments
-    assert found == dict(grpo=grpo_loss(*arguments, 0.3, 0.2, 'sequence', 'k2')[0].item(),
-                         espo=espo_loss(*arguments, 0.3, 0.2)[0].item(),
-                         stable=stable_loss(*arguments, 0.3, 0.2)[0].item(),
-                         wd1=wd1_loss(logps, A, mask)[0].item())
-    assert len(set(found.values())) == 4
-
-
-def test_the_k2_estimate_of_the_kl_is_half_the_squared_difference():
-    logps, old_logps, ref_logps, A, mask = a_group()
-    stats = grpo_loss(logps, old_logps, ref_logps, A, mask, kl_estimate='k2')[1]
-    expected = ((logps - ref_logps)[mask] ** 2 / 2).mean().item()
-    assert stats['kl'] == pytest.approx(expected)
-
-
-def test_advantages_may_be_divided_by_the_std_of_their_group():
-    rewards = torch.tensor([0.0, 2.0, 1.0, 1.0])
-    found = group_advantages(rewards, 2, divide_by_std=True)
-    torch.testing.assert_close(found, torch.tensor([-1, 1, 0, 0]) / 2 ** 0.5, atol=1e-3, rtol=0)
-    found = group_advantages(torch.tensor([0.0, 2e-4]), 2, divide_by_std=True)
-    torch.testing.assert_close(found, torch.tensor([-1, 1]) / (2 ** 0.5 + 1))    # std + 1e-4
+    expected = dict(grpo=grpo_loss(*arguments, 0.3, 0.2, 'sequence'),
+                    espo=espo_loss(*arguments, 0.3, 0.2),
+                    stable=stable_loss(*arguments, 0.3, 0.2), wd1=wd1_loss(logps, A, mask))
+    for name, (loss, stats) in expected.items():
+        found = policy_loss(name, *arguments, 0.3, 0.2, 'sequence')
+        assert found[0].item() == loss.item() and found[1] == stats
+    assert len({loss.item() for loss, _ in expected.values()}) == 4
 
 
 # ---- train_grpo ----
 
 FLAGS = ('--grpo_steps 2 --num_prompts 2 --num_generations 4 --num_iterations 3 --gen_length 8 '
-         '--block_length 4 --steps 4 --temperature 1 --p_mask_prompt 0.5 --weight_decay 0 '
-         '--beta 0.04 --rollout_batch 4').split()
+         '--block_length 4 --steps 4 --temperature 1 --p_mask_prompt 0.5 --beta 0.04 '
+         '--sample_batch 4').split()
+SPIED = ('rollout', 'random_prompt_mask', 'draw_views', 'old_and_ref_logps', 'completion_logps',
+         'policy_loss')
 
 
 class Problems:
-    """Prompts of six tokens, and which have been drawn."""
+    """Prompts of six tokens, and which have been drawn; all answers to number 2 are worth 1."""
     def __init__(self):
         self.drawn = []
 
     def draw(self, index):
         self.drawn.append(index)
-        return 'gsm8k', tokens(6, seed=index).tolist(), dict(question='?', answer='!')
+        example = dict(question='?', answer='!', flat=index == 2)
+        return 'gsm8k', tokens(6, seed=index).tolist(), example
+
+
+def varied_but_for_one(text, example):
+    return 1.0 if example['flat'] else varied(text, example)
 
 
 class Recorder(torch.optim.SGD):
-    """SGD that keeps the learning rate and the gradients of every update."""
+    """SGD that keeps the gradients of every update."""
     def step(self):
         [group] = self.param_groups
-        self.rates.append(group['lr'])
         self.gradients.append([p.grad.clone() for p in group['params']])
         super().step()
 
 
 class Trained:
     """A model after train.train_grpo, and what happened on the way."""
-    def __init__(self, monkeypatch, folder, *flags, model=None, record=True):
+    def __init__(self, monkeypatch, folder, *flags, model=None, plain=False):
+        """plain: gradient descent instead of AdamW."""
         self.args = train.parse([*FLAGS, *flags])
         self.args.folder = str(folder)
         folder.mkdir(exist_ok=True)
@@ -384,24 +397,31 @@ class Trained:
         if self.args.lora_rank:
             add_lora(self.model, self.args.lora_rank, 8, ('v_proj', 'up_proj', 'ff_out'))
         self.start, self.problems = copy.deepcopy(self.model), Problems()
-        self.groups, self.calls, self.rates, self.gradients = [], [], [], []
+        self.calls = {name: [] for name in SPIED}                # (arguments, result) of each call
+        self.gradients = []
 
-        def recorded(model, tokenizer, problems, G, sampling, *rest):
-            groups = rollout(model, tokenizer, problems, G, sampling, *rest)
-            self.groups += groups
-            self.calls.append((len(problems), sampling))
-            return groups
+        def spied(name):
+            function, calls = getattr(train, name), self.calls[name]
 
-        def sgd(model, learning_rate, weight_decay):
+            def call(*arguments):
+                result = function(*arguments)
+                calls.append((arguments, result))
+                return result
+            return call
+
+        def sgd(model, learning_rate):
             optimizer = Recorder([p for p in model.parameters() if p.requires_grad], learning_rate)
-            optimizer.rates, optimizer.gradients = self.rates, self.gradients
+            optimizer.gradients = self.gradients
             return optimizer
         with monkeypatch.context() as patch:
-            patch.setattr(train, 'rollout', recorded)
-            if record:
+            for name in SPIED:
+                patch.setattr(train, name, spied(name))
+            if plain:
                 patch.setattr(train, 'adamw', sgd)
             train.train_grpo(self.args, self.model, Letters(), self.problems, None)
         self.log = train.read_log(self.args, 'log.jsonl')
+        self.groups = [group for _, groups in self.calls['rollout'] for group in groups]
+        self.prompt_masks = [mask for _, mask in self.calls['random_prompt_mask']]
 
     def moved(self):
         """How far each weight has moved, at most."""
@@ -409,144 +429,236 @@ class Trained:
                 for p, q in zip(self.model.parameters(), self.start.parameters())]
 
 
-def varied(text, example):
-    return 1.0 + len(set(text)) + text.count('m')
+def token_logps(model, prompt_ids, completion_ids):
+    """log p(o_k | q') (G, L), all completion tokens masked (d1, section 3.1)."""
+    masks = torch.full_like(completion_ids, MASK)
+    logits = model(torch.cat((prompt_ids, masks), dim=1))[:, prompt_ids.size(1):]
+    return logits.log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0]
 
 
-def algorithm_1(args, policy, groups):
-    """The gradients of all updates, clipped, as d1 writes them; policy moves by plain SGD."""
+def algorithm_1(args, policy, problems, reward):
+    """diffu-GRPO in plain lines, numbered as in the paper: [(loss, gradients)] of all updates.
+
+    policy moves by plain gradient descent; gradients are clipped at a norm of 0.2.
+    """
+    G, L, end_ids = args.num_generations, args.gen_length, policy.config.end_ids
     trained = [p for p in policy.parameters() if p.requires_grad]
-    reference = copy.deepcopy(policy)
-    gradients, losses = [], []
-    for step in range(args.grpo_steps):
-        old = copy.deepcopy(policy)
-        own = groups[step * args.num_prompts:(step + 1) * args.num_prompts]
-        for n in range(args.num_iterations):
+    updates = []
+    reference = copy.deepcopy(policy)                                                      # 1
+    for step in range(args.grpo_steps):                                                    # 2
+        old = copy.deepcopy(policy)                                                        # 3
+        groups = []
+        for number in range(args.num_prompts):
+            _, prompt, example = problems.draw(step * args.num_prompts + number)           # 4
+            prompt_ids = torch.tensor([prompt] * G)
+            streams = [torch_stream('cpu', args.seed, 'rollout', step, number, row)
+                       for row in range(G)]
+            completion_ids, _ = generate(old, prompt_ids, L, args.block_length, args.steps,
+                                         args.temperature, generators=streams)             # 5
+            lengths, earned = [], []
+            for completion in completion_ids.tolist():
+                ends = [k for k in range(L) if completion[k] in end_ids]
+                length = ends[0] + 1 if ends else L
+                text = Letters().decode(completion[:length], skip_special_tokens=True)
+                lengths.append(length)
+                earned.append(reward(text, example))
+            earned = torch.tensor(earned)
+            advantages = earned - earned.mean()                                            # 6
+            if args.divide_by_std:
+                advantages = advantages / (earned.std() + 1e-4)
+            groups.append((prompt_ids, completion_ids, lengths, advantages))
+
+        for n in range(args.num_iterations):                                               # 7
             loss = 0
-            for group in own:
-                arguments = (group.prompt_ids, group.completion_ids, group.prompt_masks[n],
-                             group.completion_mask, group.views[n])
+            for number, (prompt_ids, completion_ids, lengths, advantages) in enumerate(groups):
+                key = 0 if args.fixed_mask else n
+                stream = torch_stream('cpu', args.seed, 'mask', step, key, number)
+                noise = torch.rand(prompt_ids.shape, generator=stream)
+                masked = prompt_ids.masked_fill(noise < args.p_mask_prompt, MASK)          # 8
+                new_logps = token_logps(policy, masked, completion_ids)                    # 9
                 with torch.no_grad():
-                    old_logps = completion_logps(old, *arguments)
-                    ref_logps = completion_logps(reference, *arguments)
-                advantages = group.rewards - group.rewards.mean()
-                if args.divide_by_std:
-                    advantages = advantages / (group.rewards.std() + 1e-4)
-                part, _ = policy_loss(completion_logps(policy, *arguments), old_logps, ref_logps,
-                                      advantages, group.completion_mask, args.loss, args.epsilon,
-                                      args.beta, args.norm, args.kl)
-                loss = loss + part / len(own)
-            losses.append(loss.item())
-            found = torch.autograd.grad(loss, trained)
-            size = torch.stack([gradient.norm() for gradient in found]).norm().item()
-            scale = min(1, args.max_grad_norm / size)
-            gradients.append([gradient * scale for gradient in found])
-            for p, gradient in zip(trained, gradients[-1]):
+                    old_logps = token_logps(old, masked, completion_ids)
+                    ref_logps = token_logps(reference, masked, completion_ids)
+                rows = []
+                for i in range(G):
+                    terms = []
+                    for k in range(lengths[i]):
+                        ratio = (new_logps[i, k] - old_logps[i, k]).exp()
+                        clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+                        gap = ref_logps[i, k] - new_logps[i, k]
+                        kl = gap.exp() - gap - 1
+                        term = torch.minimum(ratio * advantages[i], clipped * advantages[i])
+                        terms.append(args.beta * kl - term)                                # eq. 4
+                    rows.append(torch.stack(terms))
+                if args.norm == 'token':
+                    group_loss = torch.cat(rows).mean()
+                else:
+                    group_loss = torch.stack([row.mean() for row in rows]).mean()
+                loss = loss + group_loss / args.num_prompts
+            gradients = torch.autograd.grad(loss, trained)
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            gradients = [gradient * min(1, 0.2 / norm) for gradient in gradients]
+            for p, gradient in zip(trained, gradients):                                    # 10
                 p.data -= args.learning_rate * gradient
-    return gradients, losses
+            updates.append((loss.item(), norm.item(), gradients))
+    return updates
 
 
 @pytest.mark.parametrize('flags', [
-    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6',
-    '--learning_rate 0.02 --beta 0 --epsilon 0.05 --max_grad_norm 1e6',
-    '--learning_rate 0.1 --beta 2 --max_grad_norm 1 --norm sequence --num_prompts 4',
-    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --lora_rank 4 --fixed_mask',
-    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --estimator stepmerge --num_views 2 --kl k2',
-    '--learning_rate 0.02 --beta 2 --max_grad_norm 1e6 --estimator coupled --loss espo',
-    '--learning_rate 0.02 --max_grad_norm 1e6 --loss wd1 --divide_by_std'])
+    '--learning_rate 0.2 --beta 2',
+    '--learning_rate 0.2 --beta 0 --epsilon 0.05',
+    '--learning_rate 0.5 --beta 2 --norm sequence --num_prompts 4',
+    '--learning_rate 0.5 --beta 2 --lora_rank 4 --fixed_mask',
+    '--learning_rate 0.2 --beta 0 --divide_by_std'])
 def test_updates_are_those_of_algorithm_1(monkeypatch, tmp_path, flags):
+    """Of all groups, though a group of equal rewards is left out where it has no gradient."""
+    put_reward(monkeypatch, varied_but_for_one)
+    run = Trained(monkeypatch, tmp_path, *flags.split(), plain=True)
+    updates = algorithm_1(run.args, run.start, Problems(), varied_but_for_one)
+    assert len(run.gradients) == len(updates) == 6
+    for ours, (_, _, expected) in zip(run.gradients, updates):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
+    for step, line in enumerate(run.log):
+        own = updates[3 * step:3 * step + 3]
+        groups = run.groups[step * run.args.num_prompts:][:run.args.num_prompts]
+        flat = sum(not group.advantages.any() for group in groups)
+        trained = run.args.num_prompts if run.args.beta else run.args.num_prompts - flat
+        # the logged loss is the mean over the groups that had passes
+        expected = sum(loss for loss, _, _ in own) / 3 * run.args.num_prompts / trained
+        assert line['loss'] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert line['grad_norm'] == pytest.approx(sum(norm for _, norm, _ in own) / 3, rel=1e-3)
+        assert line['first_ratio'] == pytest.approx(1, abs=1e-5)
+        assert line['flat_groups'] == flat / run.args.num_prompts
+        assert ('kl' in line) == (run.args.beta > 0)
+        if run.args.beta == 0:
+            assert line['clip_high'] + line['clip_low'] > 0
+    if run.args.beta:
+        assert run.log[1]['kl'] > 1e-3
+
+
+@pytest.mark.parametrize('beta, passes', [(0.0, 3), (1e-30, 4)])
+def test_a_group_of_equal_rewards_has_passes_only_for_a_kl_term(monkeypatch, tmp_path, beta,
+                                                                passes):
+    """And the weights are the same: a beta of 1e-30 is a run in which nothing is left out."""
+    put_reward(monkeypatch, varied_but_for_one)
+    run = Trained(monkeypatch, tmp_path / 'a', '--beta', str(beta))
+    assert len(run.calls['completion_logps']) == len(run.calls['old_and_ref_logps']) == 3 * passes
+    assert max(group.advantages.any() for group in run.groups)
+    other = Trained(monkeypatch, tmp_path / 'b', '--beta', '1e-30')
+    torch.testing.assert_close(list(run.model.parameters()), list(other.model.parameters()),
+                               atol=1e-7, rtol=0)
+
+
+def test_a_reward_that_is_always_the_same_leaves_weight_decay(monkeypatch, tmp_path):
+    def same(text, example):
+        return 1.0
+    put_reward(monkeypatch, same)
+    run = Trained(monkeypatch, tmp_path, '--beta', '0', '--learning_rate', '0.5')
+    for p, start in zip(run.model.parameters(), run.start.parameters()):
+        torch.testing.assert_close(p, start * 0.95 ** 6, atol=1e-6, rtol=1e-5)       # of 0.1
+    assert [line['flat_groups'] for line in run.log] == [1, 1]
+    assert not run.calls['completion_logps'] and 'loss' not in run.log[0]
+
+
+@pytest.mark.parametrize('flags, num_views', [('--estimator stepmerge --num_views 2', 2),
+                                              ('--estimator coupled --loss espo', 2),
+                                              ('--estimator elbo --num_views 3 --loss stable', 3),
+                                              ('--estimator ar --norm sequence', 8),
+                                              ('--loss wd1 --epsilon 0.3', 1)])
+def test_estimator_and_loss_of_the_flags_make_the_update(monkeypatch, tmp_path, flags, num_views):
     put_reward(monkeypatch, varied)
     run = Trained(monkeypatch, tmp_path, *flags.split())
-    gradients, losses = algorithm_1(run.args, run.start, run.groups)
-    assert len(run.gradients) == len(gradients) == 6
-    for ours, expected in zip(run.gradients, gradients):
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
-    for step, line in enumerate(run.log):
-        own = losses[3 * step:3 * step + 3]
-        assert line['loss'] == pytest.approx(sum(own) / 3, rel=1e-3, abs=1e-4)
-        assert line['first_ratio'] == pytest.approx(1, abs=1e-5)
-        assert 0 < line['rollout_seconds'] < line['seconds']
-    if run.args.beta and run.args.loss == 'grpo':
-        assert run.log[1]['kl'] > 1e-3
-    for group in run.groups:                     # no pass is made whose log-probs nobody needs
-        assert (group.old_logps[0] is None) == (run.args.loss == 'wd1')
-        assert (group.ref_logps[0] is None) == (run.args.loss == 'wd1' or not run.args.beta)
-    views = dict(one_step=1, coupled=2, stepmerge=2)[run.args.estimator]
-    assert all(len(group.views[0]) == views for group in run.groups)
+    args, calls = run.args, run.calls
+    assert len(calls['policy_loss']) == 12, '2 steps of 3 updates of 2 groups'
+    for i in range(12):
+        (_, _, group, prompt_mask, views, *knobs), (old_logps, ref_logps) = (
+            calls['old_and_ref_logps'][i])
+        assert knobs == [args.loss, args.beta]
+        assert group is run.groups[i // 6 * 2 + i % 2] and prompt_mask is run.prompt_masks[i]
+        (estimator, number, ids, commit_steps, _), drawn = calls['draw_views'][i]
+        assert views is drawn and len(views) == num_views
+        assert (estimator, number) == (args.estimator, args.num_views)
+        assert ids is group.completion_ids and commit_steps is group.commit_steps
+        given, logps = calls['completion_logps'][i]
+        assert given == (run.model, group.prompt_ids, group.completion_ids, prompt_mask,
+                         group.completion_mask, views)
+        given, _ = calls['policy_loss'][i]
+        assert given == (args.loss, logps, old_logps, ref_logps, group.advantages,
+                         group.completion_mask, args.epsilon, args.beta, args.norm)
+        if i % 6 < 2 and old_logps is not None:
+            torch.testing.assert_close(logps, old_logps)         # nothing has been updated yet
+    assert all(line['first_ratio'] == pytest.approx(1, abs=1e-5) for line in run.log)
 
 
 @pytest.mark.parametrize('fixed', [False, True])
-def test_every_group_has_prompt_masks_of_its_own_for_every_update(monkeypatch, tmp_path, fixed):
+def test_every_group_has_a_prompt_mask_of_its_own_for_every_update(monkeypatch, tmp_path, fixed):
     put_reward(monkeypatch, varied)
     flags = ['--fixed_mask'] if fixed else []
     run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.4', '--estimator', 'coupled', *flags)
-    first = [group.prompt_masks[0] for group in run.groups]
-    assert len(torch.stack(first).unique(dim=0)) == 4, '2 prompts of 2 steps'
-    for group in run.groups:
-        assert len(group.prompt_masks) == 3
-        assert len(torch.stack(group.prompt_masks).unique(dim=0)) == (1 if fixed else 3)
-        masked = [views[0].masked for views in group.views]      # coupled: the masked half
-        assert len(torch.stack(masked).unique(dim=0)) == (1 if fixed else 3)
-    share = torch.stack(first).float().mean().item()
+    masks = torch.stack(run.prompt_masks).view(2, 3, 2, 4, 6)    # step, update, group, G, P
+    views = torch.stack([views[0].masked for _, views in run.calls['draw_views']])
+    views = views.view(2, 3, 2, 4, 8)            # coupled: the masked half
+    for drawn in (masks, views):
+        assert len(drawn[:, 0].flatten(0, 1).unique(dim=0)) == 4, '2 prompts of 2 steps'
+        for step in range(2):
+            for group in range(2):
+                assert len(drawn[step, :, group].unique(dim=0)) == (1 if fixed else 3)
+    share = masks[:, 0].float().mean().item()
     assert abs(share - 0.4) < 4 * (0.24 / 96) ** 0.5
 
 
 def test_the_prefill_is_never_masked(monkeypatch, tmp_path):
     put_reward(monkeypatch, varied)
     run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.9', '--prefill', 'abc')
-    for group in run.groups:
-        masks = torch.cat(group.prompt_masks)
-        assert masks[:, :3].float().mean() > 0.6 and not masks[:, 3:].any()
-        assert all(text.startswith('abc') for text in group.texts)
+    masks = torch.cat(run.prompt_masks)
+    assert masks[:, :3].float().mean() > 0.6 and not masks[:, 3:].any()
+    assert all(text.startswith('abc') for group in run.groups for text in group.texts)
 
 
 def test_flags_reach_the_sampler_and_every_problem_is_drawn_once(monkeypatch, tmp_path):
     put_reward(monkeypatch, varied)
-    run = Trained(monkeypatch, tmp_path, '--num_prompts', '3', '--rollout_batch', '9',
-                  '--temperature', '0.7', '--remasking', 'random', '--cfg_scale', '0.5', '--cache',
-                  '--threshold', '0.3')
+    run = Trained(monkeypatch, tmp_path, '--num_prompts', '3', '--sample_batch', '9',
+                  '--temperature', '0.7', '--cache', '--threshold', '0.3')
     assert run.problems.drawn == [0, 1, 2, 3, 4, 5]
-    assert [group.k for group in run.groups] == [0, 1, 2] * 2
-    assert [n for n, _ in run.calls] == [2, 1, 2, 1], 'at most 9 completions per call, 4 per group'
-    assert run.calls[0][1] == dict(gen_length=8, block_length=4, steps=4, temperature=0.7,
-                                   remasking='random', cfg_scale=0.5, cache=True, threshold=0.3)
+    assert [group.prompt_number for group in run.groups] == [0, 1, 2] * 2
+    arguments = [arguments for arguments, _ in run.calls['rollout']]
+    sizes = [len(problems) for _, _, problems, *_ in arguments]
+    assert sizes == [2, 1, 2, 1], 'at most 9 completions per call, 4 per group'
+    assert arguments[0][4] == dict(gen_length=8, block_length=4, steps=4, temperature=0.7,
+                                   cache=True, threshold=0.3)
     for step, line in enumerate(run.log):
-        own = torch.cat([group.rewards for group in run.groups[3 * step:3 * step + 3]])
-        assert line['reward'] == pytest.approx(own.mean().item())
+        own = run.groups[3 * step:3 * step + 3]
+        earned = torch.cat([group.rewards for group in own])
+        lengths = torch.cat([group.completion_mask.sum(1) for group in own]).float()
+        assert line['reward'] == pytest.approx(earned.mean().item())
+        assert line['length'] == pytest.approx(lengths.mean().item())
+        assert 0 < line['rollout_seconds'] < line['seconds']
 
 
-def share_of_m(text, example):
-    return text.count('m') / 8
-
-
-@pytest.mark.parametrize('flags', ['--learning_rate 3e-3 --grpo_steps 15',
-                                   '--learning_rate 2e-2 --grpo_steps 35 --lora_rank 4'])
-def test_the_reward_rises(monkeypatch, tmp_path, flags):
-    put_reward(monkeypatch, share_of_m)
-    run = Trained(monkeypatch, tmp_path, *flags.split(), '--num_generations', '8',
-                  '--rollout_batch', '16', record=False, model=tiny())
-    earned = [line['reward'] for line in run.log]
-    assert sum(earned[:3]) / 3 < 0.1 and sum(earned[-3:]) / 3 > 0.5, earned
-    assert all(line['bad_updates'] == 0 for line in run.log)
-
-
-def test_a_reward_that_is_always_the_same_teaches_nothing(monkeypatch, tmp_path):
-    put_reward(monkeypatch, lambda text, example: 1.0)
-    run = Trained(monkeypatch, tmp_path, '--beta', '0', record=False)
-    assert max(run.moved()) == 0
-
-
-def test_adamw_moves_by_the_learning_rate_which_a_resumed_run_may_change(monkeypatch, tmp_path):
+def test_a_call_of_the_sampler_takes_at_least_one_group(monkeypatch, tmp_path):
     put_reward(monkeypatch, varied)
-    one_update = ['--grpo_steps', '1', '--num_iterations', '1']
-    (tmp_path / 'a').mkdir()
-    (tmp_path / 'b').mkdir()
-    run = Trained(monkeypatch, tmp_path / 'a', *one_update, '--learning_rate', '3e-4', record=False)
-    assert max(run.moved()) == pytest.approx(3e-4, rel=0.01), "Adam's first step is the sign"
-    first = Trained(monkeypatch, tmp_path / 'b', *one_update, '--learning_rate', '0.01')
-    again = Trained(monkeypatch, tmp_path / 'b', '--learning_rate', '0.02', model=first.model)
-    assert (first.rates, again.rates) == ([0.01], [0.02] * 3)
-    assert again.problems.drawn == [2, 3], 'it goes on at the second step'
+    run = Trained(monkeypatch, tmp_path, '--sample_batch', '1')
+    assert [len(groups) for _, groups in run.calls['rollout']] == [1, 1, 1, 1]
+
+
+def test_the_seed_reaches_rollouts_and_masks(monkeypatch, tmp_path):
+    put_reward(monkeypatch, varied)
+    one = Trained(monkeypatch, tmp_path / 'a')
+    other = Trained(monkeypatch, tmp_path / 'b', '--seed', '1')
+    for a, b in zip(one.groups, other.groups):                   # of the same prompts
+        assert torch.equal(a.prompt_ids, b.prompt_ids)
+        assert not torch.equal(a.completion_ids, b.completion_ids)
+    for a, b in zip(one.prompt_masks, other.prompt_masks):
+        assert not torch.equal(a, b)
+
+
+def test_adamw_moves_by_the_learning_rate(monkeypatch, tmp_path):
+    put_reward(monkeypatch, varied)
+    run = Trained(monkeypatch, tmp_path, '--grpo_steps', '1', '--num_iterations', '1',
+                  '--learning_rate', '3e-4')
+    for p, start in zip(run.model.parameters(), run.start.parameters()):
+        moved = (p - start * (1 - 3e-4 * 0.1)).abs().max().item()            # but for the decay
+        assert moved == pytest.approx(3e-4, rel=0.01), "Adam's first step is the sign"
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_training_goes_on(monkeypatch, tmp_path):
@@ -556,52 +668,20 @@ def test_an_update_that_is_not_finite_is_skipped_and_training_goes_on(monkeypatc
         rewarded.append(text)
         return math.nan if len(rewarded) <= 8 else varied(text, example)     # the first step
     put_reward(monkeypatch, reward)
-    run = Trained(monkeypatch, tmp_path, record=False)
+    run = Trained(monkeypatch, tmp_path)
     assert [line['bad_updates'] for line in run.log] == [3, 0]
     assert all(p.isfinite().all() for p in run.model.parameters())
     assert min(run.moved()) > 0
 
 
-def test_the_defaults_are_d1s():
-    arguments = case()
-    expected = grpo_loss(*arguments, epsilon=0.5, beta=0.04, norm='token')
-    found = grpo_loss(*arguments)
-    assert found[0].item() == expected[0].item() and found[1] == expected[1]
-    for other in (dict(epsilon=0.3), dict(beta=0.08), dict(norm='sequence')):
-        assert grpo_loss(*arguments, **other)[0].item() != expected[0].item(), other
-
-
-@pytest.mark.parametrize('advantage, high, low', [(0.5, 1, 0), (-0.5, 0, 1), (0.0, 0, 0)])
-def test_only_a_cut_gradient_counts_as_clipped(advantage, high, low):
-    for ratio, name, expected in ((1.6, 'clip_high', high), (0.4, 'clip_low', low)):
-        logps = torch.tensor([[math.log(ratio)]])
-        _, stats = grpo_loss(logps, torch.zeros(1, 1), None, torch.tensor([advantage]),
-                             torch.ones(1, 1), beta=0)
-        assert stats[name] == expected
-
-
-def test_weight_decay_is_that_of_the_flag(monkeypatch, tmp_path):
-    put_reward(monkeypatch, lambda text, example: 1.0)           # no gradient: decay alone
-    run = Trained(monkeypatch, tmp_path, '--beta', '0', '--weight_decay', '0.5',
-                  '--learning_rate', '0.1', record=False)
-    for p, start in zip(run.model.parameters(), run.start.parameters()):
-        torch.testing.assert_close(p, start * 0.95 ** 6, atol=1e-6, rtol=1e-5)
-
-
-def test_the_seed_reaches_rollouts_and_masks(monkeypatch, tmp_path):
-    put_reward(monkeypatch, varied)
-    first, second = tmp_path / 'a', tmp_path / 'b'
-    first.mkdir()
-    second.mkdir()
-    one = Trained(monkeypatch, first)
-    other = Trained(monkeypatch, second, '--seed', '1')
-    for a, b in zip(one.groups, other.groups):                   # of the same prompts
-        assert torch.equal(a.prompt_ids, b.prompt_ids)
-        assert not torch.equal(a.completion_ids, b.completion_ids)
-        assert not torch.equal(a.prompt_masks[0], b.prompt_masks[0])
-
-
-def test_a_call_of_the_sampler_takes_at_least_one_group(monkeypatch, tmp_path):
-    put_reward(monkeypatch, varied)
-    run = Trained(monkeypatch, tmp_path, '--rollout_batch', '1')
-    assert [n for n, _ in run.calls] == [1, 1, 1, 1]
+@pytest.mark.parametrize('flags', ['--learning_rate 3e-3 --grpo_steps 15',
+                                   '--learning_rate 2e-2 --grpo_steps 35 --lora_rank 4'])
+def test_the_reward_rises(monkeypatch, tmp_path, flags):
+    def share_of_m(text, example):
+        return text.count('m') / 8
+    put_reward(monkeypatch, share_of_m)
+    run = Trained(monkeypatch, tmp_path, *flags.split(), '--num_generations', '8',
+                  '--sample_batch', '16', '--beta', '0', model=tiny())
+    earned = [line['reward'] for line in run.log]
+    assert sum(earned[:3]) / 3 < 0.1 and sum(earned[-3:]) / 3 > 0.5, earned
+    assert all(line['bad_updates'] == 0 for line in run.log)

@@ -12,7 +12,7 @@ from sample import chat, generate, left_pad, random_stream
 
 NANO = Path(__file__).resolve().parents[1] / 'assets/nano'
 sys.path.insert(0, str(NANO))
-import make                                                                  # noqa: E402
+import make
 
 
 def problems(task, part, n=40):
@@ -143,6 +143,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(make, 'update', update)
     with pytest.raises(ValueError, match='--seed 3'):
         run('resumed', seed=4)
+    assert '"nano": true' in (tmp_path / 'whole/model/config.json').read_text()
     for name, tensor in run('resumed').items():
         assert torch.equal(tensor, whole[name]), name
 

@@ -1,10 +1,12 @@
-"""What the tests share: a small random LLaDA, ways to bias what it says, where the numbers are."""
+"""What the tests share: small random models, ways to bias what they say, where the numbers are."""
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from model import Config, LLaDA
+from model import Config, LLaDA, read_config
 
 torch.set_num_threads(1)     # matrices this small are slower with more
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
@@ -73,3 +75,73 @@ def assert_same(ours, theirs, tolerance):
     for name in ours:
         gap = (ours[name] - theirs[name]).abs().max().item()
         assert gap <= tolerance * max(theirs[name].abs().max().item(), 1e-3), f'{name}: {gap}'
+
+
+def edit_json(path, **keys):
+    """Sets keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def byte_tokenizer(special, prefix_space):
+    """A tokenizer whose tokens are bytes, and the special ones."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=prefix_space)
+    alphabet = {c: i for i, c in enumerate(sorted(spell.alphabet()))}
+    t = Tokenizer(models.BPE(alphabet, merges=[]))
+    t.pre_tokenizer = spell
+    t.decoder = decoders.ByteLevel()
+    t.add_special_tokens([AddedToken(text, special=True) for text in special])
+    return t
+
+
+def llada_folder(folder, dtype=torch.float32):
+    """A small model in the 8B's layout: its config and tokenizer files, a byte tokenizer.json."""
+    source = SHARED / 'llada-8b'
+    added = json.loads((source / 'tokenizer_config.json').read_text())['added_tokens_decoder']
+    t = byte_tokenizer([added[i]['content'] for i in sorted(added, key=int)], True)
+    folder.mkdir()
+    t.save(str(folder / 'tokenizer.json'))
+    for name in ('config.json', 'tokenizer_config.json', 'special_tokens_map.json'):
+        shutil.copyfile(source / name, folder / name)
+    end = t.token_to_id('<|endoftext|>')
+    edit_json(folder / 'config.json', d_model=16, n_heads=2, n_kv_heads=2, n_layers=1,
+              mlp_hidden_size=16, vocab_size=t.get_vocab_size(), embedding_size=t.get_vocab_size(),
+              eos_token_id=end, pad_token_id=end, mask_token_id=t.token_to_id('<|mdm_mask|>'))
+    config = read_config(folder)
+    model = LLaDA(config).to(dtype)
+    g = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.normal_(0, 0.02, generator=g)
+    model.save_pretrained(folder)
+    return folder
+
+
+QWEN3_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}")
+
+
+def qwen3_folder(folder, tied=True, dtype=torch.float32):
+    """A random checkpoint written by transformers; returns it, with tokens that are bytes."""
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    t = byte_tokenizer(['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|mask|>'], False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=t, eos_token='<|im_end|>', pad_token='<|endoftext|>',
+        chat_template=QWEN3_TEMPLATE).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=t.get_vocab_size() + 8, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        rope_parameters=dict(rope_type='default', rope_theta=500.0), tie_word_embeddings=tied,
+        max_position_embeddings=4096, eos_token_id=t.token_to_id('<|im_end|>'),
+        mask_token_id=t.token_to_id('<|mask|>'), attn_implementation='eager',
+        initializer_range=0.2, rms_norm_eps=0.1)
+    qwen = Qwen3ForCausalLM(config).eval()
+    for name, p in qwen.named_parameters():
+        if p.dim() == 1:                         # norms start at 1: move them
+            p.data += 0.1 * torch.randn(p.shape)
+    qwen.to(dtype).save_pretrained(folder)
+    return qwen

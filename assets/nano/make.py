@@ -36,10 +36,10 @@ from transformers import PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))         # the folder of the seven modules
 
-from model import Config, LLaDA                                              # noqa: E402
-from rewards import tagged                                                   # noqa: E402
-from sample import chat, left_pad, random_stream, torch_stream               # noqa: E402
-from sft import draw_masks, masked_loss, right_pad                           # noqa: E402
+from model import Config, LLaDA
+from rewards import tagged
+from sample import chat, left_pad, random_stream, torch_stream
+from sft import draw_masks, masked_loss, right_pad
 
 ANSWER_LENGTH = 32         # tokens of a completion, which every text fits with its end
 TRAINING_ROWS = 2000       # of each task; Countdown has no more than 1,400 different ones
@@ -381,7 +381,7 @@ def hide_replies(answers, masked, close_id):
 def new_model(seed, tokenizer):
     """A LLaDA of 0.9 M weights: normal ones, smaller at the end of residual branches (GPT-2)."""
     config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
-                    embedding_size=len(tokenizer), rest=dict(nano=True))
+                    embedding_size=len(tokenizer))
     model = LLaDA(config)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -539,14 +539,14 @@ def write_problems(folder, seed):
 
 def write_model(folder, seed, steps):
     """Pretrains and writes model/, which appears only when it is whole."""
-    finished = Path(folder, 'model')
-    if finished.exists():
-        raise ValueError(f'{finished} exists: give another --out, or --problems_only')
     model, tokenizer = pretrain(seed, steps, Path(folder))
     new = Path(folder, 'model.new')
     model.to(torch.bfloat16).save_pretrained(new)                # half the size
     tokenizer.save_pretrained(new)
-    new.replace(finished)
+    config = Path(new, 'config.json')
+    keys = json.loads(config.read_text()) | dict(nano=True)      # train.py has its own defaults
+    config.write_text(json.dumps(keys, indent=2))
+    new.replace(Path(folder, 'model'))
     Path(folder, 'checkpoint.pt').unlink()
 
 
@@ -558,6 +558,8 @@ def main(argv=None):
     p.add_argument('--steps', type=int, default=3000, help='updates of the base [3000]')
     p.add_argument('--problems_only', action='store_true', help='write rows, train nothing')
     args = p.parse_args(argv)
+    if Path(args.out, 'model').exists() and not args.problems_only:
+        raise ValueError(f'{args.out} holds a model: give another --out, or --problems_only')
     write_problems(args.out, args.seed)
     if not args.problems_only:
         write_model(args.out, args.seed, args.steps)

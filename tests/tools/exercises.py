@@ -1,24 +1,24 @@
 """Exercises for a course: the project with ten functions emptied, and a grader for each.
 
-    python tests/exercises.py FOLDER      writes the copy, its sheet EXERCISES.md and this file
-    python -m pytest -q exercises.py      in the copy: grades all; -k NAME grades one
+    python tests/tools/exercises.py FOLDER    writes the copy, its sheet EXERCISES.md and this file
+    python -m pytest -q exercises.py          in the copy: grades all; -k NAME grades one
 A grader needs only the exercises before it. Expected values are worked out by hand.
 """
 import ast
 import math
-import os
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve()
 # (file, function, background, hint), in the order in which they are solved
 EXERCISES = [
     ('grpo.py', 'group_advantages', 'd1, equation 2: what earned more than its group is made '
      'likelier.', 'view(-1, num_generations), and keepdim.'),
-    ('grpo.py', 'completion_mask', 'A completion is over at its first end token, which counts: the '
+    ('grpo.py', 'up_to_end', 'A completion is over at its first end token, which counts: the '
      'model has to learn to stop.', 'How many ends stand before a position? cumsum.'),
     ('sft.py', 'draw_masks', 'LLaDA masks each token of an answer with a probability t of its own '
      'answer (d1, Algorithm 2).', 'One random start; t of row i is i/B further on, modulo 1.'),
@@ -31,10 +31,11 @@ EXERCISES = [
     ('grpo.py', 'grpo_loss', 'd1, equation 4: PPO\'s clip with a ratio per token, and the k3 '
      'estimate of the KL.', 'Start with mu = 1, where the ratio is 1. min is the pessimist.'),
     ('sample.py', 'commit_counts', 'The masks of a block are shared out over its steps.', 'divmod'),
-    ('sample.py', 'generate_plain', 'LLaDA\'s sampler: blocks from left to right, and in a block '
-     'the predictions first of which the model is surest.', 'choose() is given. topk, scatter_.'),
-    ('model.py', 'merge_lora', 'y = W x + alpha/r B A x is one matrix again.', 'In place, and the '
-     'adapter goes.'),
+    ('sample.py', 'generate', 'LLaDA\'s sampler: blocks from left to right, and in a block the '
+     'predictions first of which the model is surest.', 'choose() and the functions below it are '
+     'given. Begin with one row, without an end, padding or guidance.'),
+    ('model.py', 'last_adapter_off', 'The reference policy is the policy without the adapter in '
+     'training.', 'try, yield, finally: switch it on again after an error, too.'),
 ]
 QUESTIONS = '''
 ## Open questions, from an evening to a project
@@ -59,8 +60,9 @@ Each can be compared with a measured result in the README or in assets/notebook.
 7. **SFT that spoils nothing.** On base 2 SFT takes Countdown from 59 to 0 %, and no reward is left
    for diffu-GRPO (README). Which dose (`--sft_learning_rate`, `--sft_steps`) keeps it, and can
    you tell without looking at the tasks?
-8. **A task of your own.** Add one in a section of rewards.py, pretrain a base that knows it
-   (`--base_seed 0`), and see whether diffu-GRPO finds thinking there.
+8. **A task of your own.** Add one in a section of rewards.py and in assets/nano/make.py, make a
+   base that knows it (`python assets/nano/make.py --out FOLDER`), and see whether diffu-GRPO
+   finds thinking there.
 '''
 
 
@@ -77,27 +79,27 @@ def emptied(source, functions):
 
 
 def write(folder):
-    """The copy: seven modules, assets/nano, this file and a sheet; nothing that solves anything."""
-    root = os.path.dirname(HERE)
-    os.makedirs(folder)                          # complains where it exists
+    """The copy: seven modules, their data, this file and a sheet; nothing that solves anything."""
+    root, folder = HERE.parents[2], Path(folder)
+    folder.mkdir(parents=True)                   # complains where it exists
     for name in ('model', 'sample', 'loglik', 'grpo', 'sft', 'rewards', 'train'):
-        with open(os.path.join(root, name + '.py')) as file:
-            source = file.read()
-        mine = [function for file, function, *_ in EXERCISES if file == name + '.py']
-        with open(os.path.join(folder, name + '.py'), 'w') as file:
-            file.write(emptied(source, mine))
+        source = (root / f'{name}.py').read_text()
+        mine = [function for file, function, *_ in EXERCISES if file == f'{name}.py']
+        if name == 'sample':
+            mine.append('generate_fast')         # it would give generate away
+        (folder / f'{name}.py').write_text(emptied(source, mine))
     for name in ('requirements.txt', 'LICENSE'):
-        shutil.copy(os.path.join(root, name), folder)
-    shutil.copytree(os.path.join(root, 'assets', 'nano'), os.path.join(folder, 'assets', 'nano'))
-    shutil.copy(os.path.join(HERE, 'exercises.py'), folder)
+        shutil.copy(root / name, folder)
+    shutil.copytree(root / 'assets/nano', folder / 'assets/nano')
+    shutil.copy(root / 'assets/judge.py', folder / 'assets')
+    shutil.copy(HERE, folder)
     sheet = ['# Exercises', '', 'Ten functions have lost their bodies; their docstrings say what '
              'they do. Solve them in this order; after the last one `python train.py --task gsm8k` '
              'works.', '']
     for number, (file, function, background, hint) in enumerate(EXERCISES, 1):
         sheet += [f'{number}. **`{function}` in {file}.** {background} *Hint: {hint}*  ',
                   f'   `python -m pytest -q exercises.py -k test_{function}`']
-    with open(os.path.join(folder, 'EXERCISES.md'), 'w') as file:
-        file.write('\n'.join(sheet) + '\n' + QUESTIONS)
+    (folder / 'EXERCISES.md').write_text('\n'.join(sheet) + '\n' + QUESTIONS)
 
 
 # ---- graders ----
@@ -114,9 +116,9 @@ def test_group_advantages():
     assert (found - torch.tensor([-1.0, 1.0]) / 2 ** 0.5).abs().max() < 1e-3
 
 
-def test_completion_mask():
-    from grpo import completion_mask
-    found = completion_mask(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8], [9, 5, 0, 1]]), (0, 9))
+def test_up_to_end():
+    from grpo import up_to_end
+    found = up_to_end(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8], [9, 5, 0, 1]]), (0, 9))
     assert found.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
 
 
@@ -159,9 +161,11 @@ class Counting:
         seen = (ids[:, 2:] != 1).sum(1)                          # (B,)
         logits = torch.zeros(*ids.shape, 10)
         logits[torch.arange(len(ids)), :, 2 + seen] = self.strength
+        if positions is not None:
+            logits = logits.take_along_dim(positions[..., None], dim=1)
         return logits
 
-    def token_logps(self, ids, targets, scored, attention_mask=None, temperature=None):
+    def token_logps(self, ids, targets, scored):
         logps = self(ids)[:, -targets.size(1):].log_softmax(-1)
         return logps.gather(-1, targets[..., None])[..., 0] * scored
 
@@ -203,31 +207,44 @@ def test_commit_counts():
     assert sum(commit_counts(3, 5)) == 3
 
 
-def test_generate_plain():
-    from sample import generate_plain
+def test_generate():
+    from sample import generate
     prompt = torch.tensor([[5, 6], [7, 8]])
-    found = generate_plain(Counting(), prompt, 4, 2, 4)
-    assert found.tolist() == [[3, 2, 5, 4]] * 2, 'each token tells how many stood before it'
-    assert generate_plain(Counting(), prompt, 4, 2, 2).tolist() == [[2, 2, 4, 4]] * 2
-    assert generate_plain(Counting(), prompt, 4, 4, 4).tolist() == [[5, 3, 4, 2]] * 2
+    ids, steps = generate(Counting(), prompt, 4, 2, 4)
+    assert ids.tolist() == [[3, 2, 5, 4]] * 2, 'each token tells how many stood before it'
+    assert steps.tolist() == [[1, 0, 3, 2]] * 2
+    ids, steps = generate(Counting(), prompt, 4, 2, 2)
+    assert ids.tolist() == [[2, 2, 4, 4]] * 2 and steps.tolist() == [[0, 0, 1, 1]] * 2
+    assert generate(Counting(), prompt, 4, 4, 4)[0].tolist() == [[5, 3, 4, 2]] * 2
+    ends = Counting()
+    ends.config = SimpleNamespace(mask_id=1, eos_id=0, end_ids=(0, 3))
+    ids, steps = generate(ends, prompt, 4, 2, 4)
+    assert ids.tolist() == [[3, 2, 0, 0]] * 2, 'the first block holds an end, 3'
+    assert steps.tolist() == [[1, 0, 1, 1]] * 2
 
 
-def test_merge_lora():
-    from model import Config, LLaDA, add_lora, lora_layers, merge_lora
+def test_last_adapter_off():
+    from model import Config, LLaDA, add_lora, last_adapter_off
+    torch.manual_seed(0)
     model = LLaDA(Config(d_model=16, n_layers=1, mlp_hidden_size=16, embedding_size=16))
-    model.init_weights(0)
-    before = model.blocks[0].q_proj.weight.detach().clone()
-    add_lora(model, rank=2, alpha=6, targets=('q_proj',))
-    layer, ids = model.blocks[0].q_proj, torch.arange(8)[None]
-    layer.lora_b.data.fill_(0.5)
-    delta = 3 * 0.5 * layer.lora_a.detach().sum(0)               # alpha/r B A: all rows alike
+    ids = torch.arange(8)[None]
+    outputs = []
     with torch.no_grad():
-        expected = model(ids)
-        merge_lora(model)
-        close(model(ids), expected)
-    close(layer.weight.detach(), before + delta)
-    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
-    assert list(model.merged) == ['blocks.0.q_proj']
+        for seed in range(2):
+            outputs.append(model(ids))
+            add_lora(model, rank=2, alpha=6, targets=('q_proj',), seed=seed)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.fill_(0.5 + seed)
+        trained = model(ids)
+        try:
+            with last_adapter_off(model):
+                close(model(ids), outputs[1])    # the first adapter stays
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        close(model(ids), trained)
+    assert not torch.equal(trained, outputs[1]) and not torch.equal(*outputs)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""The runs behind the README's results, over bases of different seeds. A script; hours on a CPU.
+"""The runs behind the README's results, over bases of different seeds; hours on a CPU.
 
-    python tests/experiments.py                          all cells that are not in assets/results/
-    python tests/experiments.py --bases 0 --kinds base made d1 --tasks gsm8k
-    python tests/experiments.py --tables                 only the tables and figures
-    python tests/experiments.py --quick                  all of it, coarsely, into out/quick/
+    python tests/tools/experiments.py                    all cells that are not in assets/results/
+    python tests/tools/experiments.py --bases 0 --kinds base made d1 --tasks gsm8k
+    python tests/tools/experiments.py --tables           only the tables and figures
+    python tests/tools/experiments.py --quick            all of it, coarsely, into out/quick/
 A cell is a run of train.py for one base, one kind and one task; the base's seed is the run's seed,
 so that the spread is what a user's own base and seed would give. A finished cell is a JSON line of
 assets/results/nano.jsonl. Stop at any time and repeat the command; several processes may share the
@@ -12,17 +12,25 @@ work if each has its own bases. Figures need matplotlib.
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-ASSETS = os.path.join(ROOT, 'assets')
-RESULTS = os.path.join(ASSETS, 'results', 'nano.jsonl')
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))                    # the folder of the seven modules
+
+import train                                                                 # noqa: E402
+from grpo import rollout                                                     # noqa: E402
+from loglik import (completion_logps, draw_views, exact_logps,               # noqa: E402
+                    random_prompt_mask)
+from model import load                                                       # noqa: E402
+from sample import torch_stream                                              # noqa: E402
+
+ASSETS = ROOT / 'assets'
 TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
 ALL = ','.join(TASKS)
 # kind -> (tasks of one run, the model that it starts from, flags of train.py)
@@ -46,7 +54,8 @@ ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu} --grpo_steps {steps}{flag
 ABLATIONS |= {f'pmask{p}': f'--p_mask_prompt {p}' for p in (0, 0.3, 0.5, 0.7)}
 ABLATIONS |= {f'temperature{t}': f'--temperature {t}' for t in (0.6, 1.2)}
 ABLATIONS |= {'std': '--divide_by_std', 'sequence': '--norm sequence',
-              'epsilon0.2': '--epsilon 0.2', 'length64': '--gen_length 64 --steps 32 --grpo_steps 24'}
+              'epsilon0.2': '--epsilon 0.2',
+              'length64': '--gen_length 64 --steps 32 --grpo_steps 24'}
 METHODS = {
     'stable': '--loss stable',
     'wd1': '--loss wd1 --grpo_steps 48',
@@ -54,8 +63,7 @@ METHODS = {
     'stepmerge4': '--estimator stepmerge --num_views 4 --grpo_steps 20',
     'coupled': '--estimator coupled --grpo_steps 30',
     'espo': '--loss espo --estimator coupled --grpo_steps 30'}
-KL = {'beta0.04': '--beta 0.04', 'k2': '--beta 0.04 --kl k2',
-      'stable-kl': '--beta 0.04 --loss stable'}
+KL = {'beta0.04': '--beta 0.04', 'stable-kl': '--beta 0.04 --loss stable'}
 CHANGES = {'default': '', **METHODS, **ABLATIONS, **KL}
 KINDS |= {name: ([ALL], 'base', f'--stages grpo --eval_lengths 32 {flags}')
           for name, flags in CHANGES.items()}
@@ -67,207 +75,227 @@ KINDS |= {'long-base': ([ALL], 'base', '--eval_only --eval_lengths 96,128 --eval
           'long-default': ([ALL], 'default', '--eval_only --eval_lengths 64,96,128 --eval_n 256')}
 
 
+# ---- cells ----
+
 def rows_of(path):
-    if not os.path.exists(path):
+    if not Path(path).exists():
         return []
-    with open(path) as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def base_folder(args, base):
-    """The folder of the base of this seed: 0 is in assets/, others are pretrained if need be."""
+def append(path, row):
+    with open(path, 'a') as file:
+        file.write(json.dumps(row) + '\n')
+
+
+def python(script, *flags):
+    """Runs a script of ours with its output kept back, unless it fails."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.stderr.decode())
+
+
+def base_and_data(args, base):
+    """The model and the training problems of a base: 0 is shipped, others are made if need be."""
     if base == 0:
-        return os.path.join(ASSETS, 'nano')
-    folder = os.path.join(args.out, f'base-{base}', 'model')
-    if not os.path.exists(folder):
-        train(args, f'made-{base}', f'--base_seed {base} --eval_only --eval_n 1 --seed {base}')
+        return 'nano', 'nano'
+    folder = args.out / f'base-{base}'
+    if not (folder / 'model').exists():
+        python('assets/nano/make.py', '--seed', base, '--out', folder)
+    return folder / 'model', folder / 'problems'
+
+
+def cell_folder(args, base, kind, tasks):
+    name = f'x-{kind}-{base}'
+    if tasks != ALL:
+        name += f'-{tasks}'
+    return args.out / name
+
+
+def trained_model(args, base, kind, tasks):
+    """The folder of the model that a cell ends in; the cell is run if need be."""
+    folder = cell_folder(args, base, kind, tasks) / 'model'
+    if not folder.exists():
+        run_cell(args, base, kind, tasks)
     return folder
 
 
-def train(args, name, flags):
-    """A run of train.py, gone on with where it was begun; returns its folder and its command."""
-    folder = os.path.join(args.out, name)
-    command = [sys.executable, os.path.join(ROOT, 'train.py'), *flags.split(), '--name', name,
-               '--out', args.out]
-    resume = ['--resume'] if os.path.exists(os.path.join(folder, 'config.json')) else []
-    done = subprocess.run(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    if done.returncode:
-        sys.exit(done.stderr.decode())
-    text = ' '.join(['python train.py', *command[2:-4]])
-    return folder, text.replace(args.out, 'out').replace(ASSETS, 'assets')
+def done_cells(args):
+    return [(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)]
+
+
+def known_scores(args, base, start, tasks):
+    """What the model that a cell starts from has scored in an earlier cell, or {}."""
+    kind, stage = dict(base=('base', 'base'), made=('made', 'base'), sft=('base', 'sft'))[start]
+    for row in rows_of(args.results):
+        if (row['base'], row['kind']) == (base, kind):
+            return {task: row['results'][stage][task] for task in tasks.split(',')}
+    return {}
 
 
 def run_cell(args, base, kind, tasks):
-    """Runs train.py for one cell and appends its JSON line."""
+    """Runs train.py for one cell, or goes on with it, and appends its JSON line."""
     _, start, flags = KINDS[kind]
-    model = base_folder(args, base)
+    model, data = base_and_data(args, base)
     if start == 'sft':
-        model = os.path.join(args.out, f'x-base-{base}', 'model')
-        if not os.path.exists(model):
-            run_cell(args, base, 'base', ALL)
+        model = trained_model(args, base, 'base', ALL)
     if start == 'default':
-        model = os.path.join(args.out, f'x-default-{base}', 'model')
-    name = f'x-{kind}-{base}' + (f'-{tasks}' if tasks != ALL else '')
-    folder = os.path.join(args.out, name)
-    if '--eval_only' not in flags and kind != 'base':            # its start has been evaluated
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, 'results.json')
-        known = {row['kind']: row for row in rows_of(args.results) if row['base'] == base}
-        row = known.get('made' if start == 'made' else 'base')
-        if row and not os.path.exists(path):
-            stage = 'sft' if start == 'sft' else 'base'
-            scores = {task: row['results'][stage][task] for task in tasks.split(',')}
-            with open(path, 'w') as file:
-                json.dump(dict(base=scores), file)
+        model = trained_model(args, base, 'default', ALL)
+    flags = (f'--model {model} --data {data} --task {tasks} --seed {base} --eval_n 512 '
+             f'--grpo_steps 40 {flags} {args.flags}').split()
+    folder = cell_folder(args, base, kind, tasks)
+    resume = ['--resume'] if folder.exists() else []
+    if not folder.exists() and '--stages' in flags and kind != 'base':
+        scores = known_scores(args, base, start, tasks)
+        if scores:                               # the run adds what it evaluates itself
+            folder.mkdir(parents=True)
+            (folder / 'results.json').write_text(json.dumps(dict(base=scores)))
+            resume = ['--resume']
     began = time.time()
-    settings = f'--model {model} --task {tasks} --seed {base} --eval_n 512 --grpo_steps 40'
-    folder, command = train(args, name, f'{settings} {flags} {args.flags}')
-    with open(os.path.join(folder, 'results.json')) as file:
-        results = json.load(file)
-    log = [row for row in rows_of(os.path.join(folder, 'log.jsonl')) if row['stage'] == 'grpo']
-    curve = {key: [round(row[key], 4) for row in log]
-             for key in ('reward', 'length', 'kl', 'grad_norm', 'seconds') if log}
-    cell = dict(base=base, kind=kind, tasks=tasks, command=command, seconds=time.time() - began,
-                threads=torch.get_num_threads(), results=results, curve=curve)
-    with open(args.results, 'a') as file:
-        file.write(json.dumps(cell) + '\n')
-    print(base, kind, tasks, f'{cell["seconds"]:.0f} s', flush=True)
+    python('train.py', *flags, '--name', folder.name, '--out', args.out, *resume)
+    seconds = time.time() - began
 
-
-# ---- the dose of SFT, by its own held-out loss ----
-
-def dose(args, base):
-    """Held-out SFT loss after other numbers of updates and learning rates; to dose.jsonl."""
-    import tempfile
-
-    import train as product
-    from model import load
-    from sample import random_stream
-    from sft import Traces, clean_trace, encode_traces
-    for steps in (0, 20, 60):
-        for learning_rate in (3e-5, 1e-4, 3e-4, 1e-3) if steps else (0.0,):
-            model, tokenizer = load(base_folder(args, base))
-            settings = product.parse(['--seed', str(base)])
-            parts = []
-            for numbers in (range(100), range(10_000, 10_200)):  # the SFT set, and held out
-                traces = [clean_trace(random_stream('sft', i)) for i in numbers]
-                pairs, _ = encode_traces(traces, tokenizer, 64, 32)
-                parts.append(Traces(pairs, 32, 32, model.config, base, 'cpu'))
-            with tempfile.TemporaryDirectory() as settings.folder:
-                if steps:
-                    optimizer = product.adamw(model, learning_rate, 0.1)
-                    product.train_sft(settings, 'sft', model, [optimizer], parts[0], steps)
-                still = torch.optim.SGD(model.parameters(), 0.0)
-                product.train_sft(settings, 'held-out', model, [still], parts[1], 12)
-                losses = [row['loss'] for row in product.read_log(settings, 'log.jsonl')
-                          if row['stage'] == 'held-out']
-            line = dict(base=base, steps=steps, learning_rate=learning_rate,
-                        held_out=sum(losses) / len(losses))
-            print(line, flush=True)
-            with open(os.path.join(os.path.dirname(args.results), 'dose.jsonl'), 'a') as file:
-                file.write(json.dumps(line) + '\n')
+    results = json.loads((folder / 'results.json').read_text())
+    log = [row for row in rows_of(folder / 'log.jsonl') if row['stage'] == 'grpo']
+    curve = {}
+    for key in ('reward', 'length', 'kl', 'grad_norm', 'seconds'):
+        if log and key in log[0]:
+            curve[key] = [round(row[key], 4) for row in log]
+    command = ' '.join(['python train.py', *flags]).replace(str(args.out), 'out')
+    if (base, kind, tasks) not in done_cells(args):              # else only its model was gone
+        append(args.results, dict(base=base, kind=kind, tasks=tasks, command=command,
+                                  seconds=seconds, threads=torch.get_num_threads(),
+                                  results=results, curve=curve))
+    print(base, kind, tasks, f'{seconds:.0f} s', flush=True)
 
 
 # ---- the mean field against the exact likelihood ----
 
-def truth(args, base, task, stage, num_groups, draws):
-    """Each estimator against the exact log-likelihood of rollouts, and its gradient likewise.
+# name -> (estimator, forward passes, p_mask_prompt)
+ESTIMATORS = {f'one_step, p_mask {p}': ('one_step', 1, p) for p in (0, 0.15, 0.3, 0.5)}
+ESTIMATORS |= {'coupled': ('coupled', 2, 0.15), 'coupled, p_mask 0': ('coupled', 2, 0)}
+ESTIMATORS |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 16)}
+ESTIMATORS |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
+ESTIMATORS |= {'stepmerge 4, p_mask 0.15': ('stepmerge', 4, 0.15),       # as in training
+               'elbo 2, p_mask 0.15': ('elbo', 2, 0.15)}
 
-    Means over groups and draws of prompt masks and views: bias and std of the sequence log-prob;
-    its rank correlation within a group; cosine and norm of the group's policy gradient against the
-    exact one, the cosine of the mean over draws, its noise (std over draws / exact norm). Of the
-    gradient summed over groups the cosine with the exact one, with its part that comes from the
-    tokens of the first step (mostly the choice between thinking and guessing), and with the rest.
 
-    Rollouts at temperature 0.9 whose positions are chosen by 'top_prob', for which the product
-    along the rollout is exact (loglik.exact_logps). Appends a JSON line to truth.jsonl.
-    """
-    import train as product
-    from grpo import rollout
-    from loglik import completion_logps, draw_views, exact_logps, random_prompt_mask
-    from model import load
-    from sample import torch_stream
-    folder = base_folder(args, base)
-    if stage != 'base':
-        name = dict(sft=f'x-base-{base}', d1=f'x-d1-{base}-{task}')[stage]
-        folder = os.path.join(args.out, name, 'model')
-    model, tokenizer = load(folder)
-    settings = product.parse(['--task', task, '--seed', str(1000 + base)])
-    problems = product.Problems(settings, tokenizer)
-    sampling = dict(product.sampling_knobs(settings), gen_length=32, steps=16, temperature=0.9,
-                    remasking='top_prob')
-    cases = {f'one_step, p_mask {p}': ('one_step', 1, p) for p in (0, 0.15, 0.3, 0.5)}
-    cases |= {'coupled': ('coupled', 2, 0.15), 'coupled, p_mask 0': ('coupled', 2, 0)}
-    cases |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 16)}
-    cases |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
-    cases |= {'stepmerge 4, p_mask 0.15': ('stepmerge', 4, 0.15),    # as in training
-              'elbo 2, p_mask 0.15': ('elbo', 2, 0.15)}
-    found = {name: dict(bias=[], std=[], rank=[], cosine=[], cosine_of_mean=[], norm=[], noise=[])
-             for name in cases}
-    first_part, other_part, exact_mean, sums = 0, 0, 0, {name: 0 for name in cases}
-
-    def gradient(logps, advantages, keep_graph=False):
-        model.zero_grad()
-        (logps.sum(1) * advantages).sum().backward(retain_graph=keep_graph)
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    groups, k = [], 0
-    while len(groups) < num_groups and k < 200:  # a group whose rewards are equal has no gradient
-        [group] = rollout(model, tokenizer, [(k, *problems.draw(k))], 8, sampling, base, 0)
-        k += 1
-        if group.advantages.abs().max() > 0:
+def groups_with_a_gradient(settings, model, tokenizer, num_groups):
+    """Groups of 8 rollouts of which not all rewards are equal; fewer, if 200 prompts give fewer."""
+    problems = train.Problems(settings, tokenizer, {})
+    sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
+                                    settings.temperature)
+    groups = []
+    for number in range(200):
+        if len(groups) == num_groups:
+            break
+        problem = number, *problems.draw(number)
+        [group] = rollout(model, tokenizer, [problem], 8, sampling, settings.seed, step=0)
+        if group.advantages.any():
             groups.append(group)
+    return groups
+
+
+def policy_gradient(model, logps, advantages):
+    """The gradient of sum A log p as one vector; logps (G, L) keep their graph."""
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad((logps.sum(1) * advantages).sum(), parameters,
+                                    retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def estimate(model, group, name, draws, seed):
+    """Sequence log-probs (draws, G) and policy gradients (draws, N) of a group's rollouts."""
+    estimator, num_views, p_mask = ESTIMATORS[name]
+    if estimator in ('stepmerge', 'one_step') and not p_mask:
+        draws = 1                                # nothing is drawn
+    sequences, gradients = [], []
+    for draw in range(draws):
+        stream = torch_stream('cpu', seed, 'truth', group.prompt_number, draw)
+        views = draw_views(estimator, num_views, group.completion_ids, group.commit_steps, stream)
+        prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
+        logps = completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask,
+                                 group.completion_mask, views)
+        sequences.append(logps.detach().sum(1))
+        gradients.append(policy_gradient(model, logps, group.advantages))
+    return torch.stack(sequences), torch.stack(gradients)
+
+
+def compare(sequences, gradients, exact, exact_gradient):
+    """{measure: value} of a group: an estimator's draws against the exact ones, (G,) and (N,).
+
+    Bias and std of the sequence log-prob, in nats; its rank correlation within the group; cosine
+    and norm of the policy gradient, the cosine of its mean over draws, its noise (std over draws /
+    exact norm).
+    """
+    mean_gradient = gradients.mean(0)
+    variance = (gradients - mean_gradient).square().sum() / max(1, len(gradients) - 1)
+    size = exact_gradient.norm()
+    std = sequences.std(0).mean().item() if len(sequences) > 1 else 0.0
+    return dict(
+        bias=(sequences.mean(0) - exact).mean().item(), std=std,
+        rank=torch.tensor([rank_correlation(line, exact) for line in sequences]).nanmean().item(),
+        cosine=mean([cosine(gradient, exact_gradient) for gradient in gradients]),
+        cosine_of_mean=cosine(mean_gradient, exact_gradient),
+        norm=(gradients.norm(dim=1).mean() / size).item(), noise=(variance.sqrt() / size).item())
+
+
+def truth(args, base, task, stage, num_groups, draws):
+    """Each estimator against the exact likelihood of rollouts; appends a line to truth.jsonl.
+
+    Means over groups of what compare gives. Of the gradient summed over groups the cosine with
+    the exact one, with its part that comes from the tokens of the first step (mostly the choice
+    between thinking and guessing), and with the rest.
+    """
+    folder, data = base_and_data(args, base)
+    if stage == 'sft':
+        folder = trained_model(args, base, 'base', ALL)
+    if stage == 'd1':
+        folder = trained_model(args, base, 'd1', task)
+    model, tokenizer = load(str(folder))
+    settings = train.parse(['--task', task, '--seed', str(1000 + base), '--data', str(data)])
+    groups = groups_with_a_gradient(settings, model, tokenizer, num_groups)
     if not groups:
         print('truth', base, task, stage, 'all rewards of every group are equal', flush=True)
         return
+    found = {name: [] for name in ESTIMATORS}    # a dict per group
+    sums = dict.fromkeys(ESTIMATORS, 0)          # of the gradients of each group's first draw
+    parts = dict(total=0, first=0, other=0)      # of the exact gradient
+    exact_mean = 0
     for group in groups:
-        texts = group.prompt_ids, group.completion_ids
-        logps = exact_logps(model, *texts, group.order, group.completion_mask, 8, 0.9)
+        logps = exact_logps(model, group.prompt_ids, group.completion_ids, group.commit_steps,
+                            group.completion_mask, settings.block_length, settings.temperature)
+        first = policy_gradient(model, logps * (group.commit_steps == 0), group.advantages)
+        other = policy_gradient(model, logps * (group.commit_steps > 0), group.advantages)
         exact = logps.detach().sum(1)
         exact_mean += exact.mean().item() / len(groups)
-        first = gradient(logps * (group.order == 0), group.advantages, keep_graph=True)
-        other = gradient(logps * (group.order > 0), group.advantages)
-        first_part, other_part = first_part + first, other_part + other
-        true_gradient = first + other
-        for name, (estimator, num_views, p_mask) in cases.items():
-            fixed = estimator in ('stepmerge', 'one_step') and not p_mask
-            sequence, gradients = [], []
-            for draw in range(1 if fixed else draws):
-                stream = torch_stream('cpu', base, 'truth', group.k, draw)
-                views = draw_views(estimator, num_views, group.order, stream)
-                prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
-                logps = completion_logps(model, *texts, prompt_mask, group.completion_mask, views)
-                sequence.append(logps.detach().sum(1))
-                gradients.append(gradient(logps, group.advantages))
-            sequence, gradients = torch.stack(sequence), torch.stack(gradients)
-            row = found[name]
-            row['bias'] += (sequence.mean(0) - exact).tolist()
-            row['std'] += sequence.std(0).tolist() if len(sequence) > 1 else [0.0]
-            row['rank'] += [rank_correlation(line, exact) for line in sequence]
-            row['cosine'] += [cosine(line, true_gradient) for line in gradients]
-            row['norm'] += (gradients.norm(dim=1) / true_gradient.norm()).tolist()
-            mean_gradient = gradients.mean(0)
-            row['cosine_of_mean'] += [cosine(mean_gradient, true_gradient)]
-            variance = (gradients - mean_gradient).square().sum() / max(1, len(gradients) - 1)
-            row['noise'] += [(variance.sqrt() / true_gradient.norm()).item()]
+        for part, gradient in dict(total=first + other, first=first, other=other).items():
+            parts[part] = parts[part] + gradient
+        for name in ESTIMATORS:
+            sequences, gradients = estimate(model, group, name, draws, base)
+            found[name].append(compare(sequences, gradients, exact, first + other))
             sums[name] = sums[name] + gradients[0]
-    for name, row in found.items():
-        row['rank'] = [value for value in row['rank'] if value == value]     # not nan
-        found[name] = {key: round(sum(values) / len(values), 4) for key, values in row.items()}
-        parts = dict(total=first_part + other_part, first=first_part, other=other_part)
-        found[name] |= {f'{part}_cosine': round(cosine(sums[name], exact), 4)
-                        for part, exact in parts.items()}
-        found[name]['forwards'] = cases[name][1]
-    share = (first_part.norm() / (first_part + other_part).norm()).item()
-    line = dict(base=base, task=task, stage=stage, groups=len(groups), completions=8 * len(groups),
-                draws=draws, exact_logp=exact_mean, first_share=share, estimators=found)
-    with open(os.path.join(os.path.dirname(args.results), 'truth.jsonl'), 'a') as file:
-        file.write(json.dumps(line) + '\n')
+
+    estimators = {}
+    for name, rows in found.items():
+        values = {}
+        for key in rows[0]:                      # not nan: a rank needs two different values
+            known = [row[key] for row in rows if row[key] == row[key]]
+            values[key] = mean(known) if known else 0.0
+        for part, gradient in parts.items():
+            values[f'{part}_cosine'] = cosine(sums[name], gradient)
+        estimators[name] = {key: round(value, 4) for key, value in values.items()}
+        estimators[name]['forwards'] = ESTIMATORS[name][1]
+    share = (parts['first'].norm() / parts['total'].norm()).item()
+    append(args.truth, dict(base=base, task=task, stage=stage, groups=len(groups),
+                            completions=8 * len(groups), draws=draws, exact_logp=exact_mean,
+                            first_share=share, estimators=estimators))
     print('truth', base, task, stage, flush=True)
 
 
 def cosine(a, b):
-    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+    return F.cosine_similarity(a, b, dim=0).item()
 
 
 def rank_correlation(a, b):
@@ -278,6 +306,10 @@ def rank_correlation(a, b):
         above, equal = values[:, None] > values, values[:, None] == values
         ranks.append(above.sum(1) + equal.sum(1) / 2)
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def mean(values):
+    return sum(values) / len(values)
 
 
 # ---- tables ----
@@ -387,13 +419,9 @@ def new_figure(columns, height=2.6):
 
 def save(figure, folder, name, rect=(0, 0, 1, 1)):
     figure.tight_layout(rect=rect)
-    path = os.path.join(folder, name + '.svg')
+    path = folder / f'{name}.svg'
     figure.savefig(path, transparent=True, metadata=dict(Date=None))
-    print(os.path.relpath(path))
-
-
-def mean(values):
-    return sum(values) / len(values)
+    print(f'drew {path.name}')
 
 
 def mean_curve(curves):
@@ -605,48 +633,28 @@ def length_figure(rows, folder):
     save(figure, folder, 'lengths', rect=(0, 0.07, 1, 1))
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
-    p.add_argument('--tasks', nargs='*', default=TASKS, choices=TASKS)
-    p.add_argument('--kinds', nargs='*', default=[*KINDS, 'truth'],
-                   choices=[*KINDS, 'truth', 'dose'])
-    p.add_argument('--out', default='out', help='where the runs are kept')
-    p.add_argument('--results', default=RESULTS)
-    p.add_argument('--flags', default='', help='more flags for every run')
-    p.add_argument('--quick', action='store_true', help='few iterations, problems and groups')
-    p.add_argument('--tables', action='store_true', help='only print what is there')
-    args = p.parse_args()
-    if args.quick:
-        args.bases, args.out = [0], os.path.join(args.out, 'quick')
-        args.results = os.path.join(args.out, 'nano.jsonl')
-        args.flags += ' --eval_n 64 --eval_lengths 32 --grpo_steps 5 --eval_every 0'
-    os.makedirs(os.path.dirname(args.results), exist_ok=True)
-    truth_file = os.path.join(os.path.dirname(args.results), 'truth.jsonl')
-    for base in args.bases if not args.tables else []:
-        for kind in args.kinds:
-            if kind == 'dose':
-                dose(args, base)
-                continue
-            if kind == 'truth':
-                done = {(row['base'], row['task'], row['stage']) for row in rows_of(truth_file)}
-                for task in args.tasks:
-                    for stage in ('base', 'sft', 'd1'):
-                        if (base, task, stage) not in done:
-                            truth(args, base, task, stage, *((2, 2) if args.quick else (8, 4)))
-                continue
-            for tasks in KINDS[kind][0]:
-                done = {(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)}
-                wanted = tasks == ALL or tasks in args.tasks
-                if wanted and (base, kind, tasks) not in done:
-                    run_cell(args, base, kind, tasks)
-    rows = rows_of(args.results)
+def jobs(args):
+    """Yields (function, arguments) of every cell that the results do not hold."""
+    for base, kind in itertools.product(args.bases, args.kinds):
+        if kind == 'truth':
+            done = [(row['base'], row['task'], row['stage']) for row in rows_of(args.truth)]
+            num_groups, draws = (2, 2) if args.quick else (8, 4)
+            for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
+                if (base, task, stage) not in done:
+                    yield truth, (base, task, stage, num_groups, draws)
+            continue
+        for tasks in KINDS[kind][0]:
+            wanted = tasks == ALL or tasks in args.tasks
+            if wanted and (base, kind, tasks) not in done_cells(args):
+                yield run_cell, (base, kind, tasks)
+
+
+def tables_and_figures(args):
+    rows, truth_rows = rows_of(args.results), rows_of(args.truth)
     for length in (32,) if args.quick else (32, 64):
         main_table(rows, length)
     change_table(rows, 'base')
     change_table(rows, 'sft')
-    truth_rows = rows_of(truth_file)
     truth_table(truth_rows)
     try:
         import matplotlib                        # noqa: F401
@@ -654,15 +662,41 @@ def main():
         print('no figures: pip install matplotlib')
         return
     folder = args.out if args.quick else ASSETS
+    kinds = {row['kind'] for row in rows}
     learning_figure(rows, folder)
     results_figure(rows, folder)
-    if any(row['kind'] == 'mu12-random' for row in rows):
+    if 'mu12-random' in kinds:
         ablation_figure(rows, folder)
-    if any(row['kind'] == 'long-default' for row in rows):
+    if 'long-default' in kinds:
         length_figure(rows, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)
         methods_figure(rows, truth_rows, folder)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
+    p.add_argument('--tasks', nargs='*', default=TASKS, choices=TASKS)
+    p.add_argument('--kinds', nargs='*', default=[*KINDS, 'truth'], choices=[*KINDS, 'truth'])
+    p.add_argument('--out', type=Path, default=Path('out'), help='where the runs are kept')
+    p.add_argument('--results', type=Path, default=ASSETS / 'results', help='where the lines are')
+    p.add_argument('--flags', default='', help='more flags for every run')
+    p.add_argument('--quick', action='store_true', help='few iterations, problems and groups')
+    p.add_argument('--tables', action='store_true', help='only print what is there')
+    args = p.parse_args(argv)
+    if args.quick:
+        args.bases = [0]
+        args.out = args.results = args.out / 'quick'
+        args.flags = f'--eval_n 64 --eval_lengths 32 --grpo_steps 5 --eval_every 0 {args.flags}'
+    args.results.mkdir(parents=True, exist_ok=True)
+    args.truth = args.results / 'truth.jsonl'
+    args.results = args.results / 'nano.jsonl'
+    if not args.tables:
+        for job, arguments in jobs(args):
+            job(args, *arguments)
+    tables_and_figures(args)
 
 
 if __name__ == '__main__':

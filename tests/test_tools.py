@@ -1,0 +1,148 @@
+"""The tools of tests/tools run, at tiny sizes, and do what they say; the forks of assets/forks."""
+import math
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tests/tools'))
+
+import bench                                                                 # noqa: E402
+import draw                                                                  # noqa: E402
+import exercises                                                             # noqa: E402
+import experiments                                                           # noqa: E402
+import gpu                                                                   # noqa: E402
+import train                                                                 # noqa: E402
+
+torch.set_num_threads(1)     # matrices this small are slower with more
+SMALL_RUN = ('--stages grpo --grpo_steps 1 --num_prompts 1 --num_generations 4 --num_iterations 2 '
+             '--eval_n 2 --eval_lengths 32')
+
+
+def table_rows(capsys):
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+
+
+def test_bench_compares_what_computes_the_same(capsys):
+    bench.main(['--quick', '--repeats', '1'])
+    rows = {(row[0], row[1]): row for row in table_rows(capsys)}
+    assert rows['rollout', 'exact'][-1] == '100% of ids'
+    for piece in ('logps', 'backward'):
+        assert float(rows[piece, 'ours'][-1].removeprefix('within ')) < 1e-3
+    assert all(float(row[4]) > 0 for row in rows.values() if row[0] in bench.PIECES)
+    ids = bench.rollout_cases(*bench.build(60, 16, True), 8)['textbook']()
+    assert len(ids.unique()) > 4, 'a model without opinions would prove nothing'
+
+
+def test_gpu_counts_memory_and_runs_all_that_it_times(capsys):
+    gpu.main(['--tiny'])
+    pieces = [row[1] for row in table_rows(capsys) if row[0] == 'tiny']
+    assert len(pieces) == 10 and 'rollout, 4 x 2 completions, cache' in pieces
+    lora, full = (gpu.computed_memory(gpu.TINY, rank, gpu.TINY_SIZES) for rank in (4, 0))
+    with torch.device('meta'):
+        weights = sum(p.numel() for p in gpu.LLaDA(gpu.Config(**gpu.TINY)).parameters())
+    assert full['weights, and the reference policy'] == 6 * weights          # float32, bfloat16
+    for piece in lora:
+        assert lora[piece] < full[piece]
+        if ' with ' in piece:
+            assert lora[piece] < lora[piece.replace(' with ', ' without ')]
+
+
+def test_draw_shows_each_token_from_its_step_on(tmp_path):
+    path = tmp_path / 'denoise.svg'
+    draw.main(['--task', 'math', '--seed', '3', '--out', str(path)])
+    svg = xml.etree.ElementTree.parse(path).getroot()
+    title, *texts = svg.findall('{*}text')
+    assert 'Solve' in title.text
+    example = draw.rewards.load_examples('math', 'nano', 'test')[3]
+    pieces, steps = draw.denoised('nano', 'math', example)
+    shown = [(part, step) for piece, step in zip(pieces, steps) for part in piece.split('\n')
+             if part]
+    assert [text.text for text in texts] == [part for part, _ in shown]
+    begins = {}                                  # step -> when its tokens appear
+    for text, (_, step) in zip(texts, shown):
+        begins.setdefault(step, set()).add(text.find('{*}animate').get('keyTimes'))
+    times = [begins[step] for step in sorted(begins)]
+    assert len(times) > 3 and times == [{time} for time in sorted(set().union(*times))]
+
+
+def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsys):
+    runs = []
+
+    def python(script, *flags):                  # in this process, which is faster
+        runs.append(script)
+        train.main([str(flag) for flag in flags])
+    monkeypatch.setattr(experiments, 'python', python)
+    monkeypatch.setattr(experiments, 'learning_figure', lambda *_: None)
+    monkeypatch.setattr(experiments, 'results_figure', lambda *_: None)
+    monkeypatch.setattr(experiments, 'ESTIMATORS', {
+        'one_step': ('one_step', 1, 0), 'coupled': ('coupled', 2, 0.15)})
+    flags = ['--quick', '--out', str(tmp_path), '--kinds', 'grpo', '--tasks', 'gsm8k']
+    for _ in range(2):
+        experiments.main([*flags, '--flags', SMALL_RUN])
+    assert runs == ['train.py']
+    [row] = experiments.rows_of(tmp_path / 'quick/nano.jsonl')
+    assert list(row['results']) == ['constant', 'rule', 'base', 'grpo']
+    assert len(row['curve']['reward']) == 1
+
+    args = experiments.argparse.Namespace(out=tmp_path, truth=tmp_path / 'truth.jsonl')
+    experiments.truth(args, 0, 'gsm8k', 'base', num_groups=1, draws=2)
+    [row] = experiments.rows_of(args.truth)
+    assert row['exact_logp'] < 0
+    for values in row['estimators'].values():
+        assert all(math.isfinite(value) for value in values.values())
+
+
+def test_every_stub_of_the_exercises_fails_and_every_solution_passes(tmp_path):
+    exercises.write(tmp_path / 'copy')
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'exercises.py']
+    done = subprocess.run(command, cwd=tmp_path / 'copy', capture_output=True, text=True)
+    assert '10 failed' in done.stdout and 'passed' not in done.stdout, done.stdout
+    sheet = (tmp_path / 'copy/EXERCISES.md').read_text()
+    for _, function, *_ in exercises.EXERCISES:
+        grader = getattr(exercises, f'test_{function}')
+        grader()                                 # on our own code
+        assert f'{grader.__name__}`' in sheet
+
+
+FORKS = dict(                                    # patch -> flags that need it
+    task='--task counting', loss='--loss regression', estimator='--estimator both',
+    schedule='--p_mask_prompt 0.5')
+
+
+@pytest.mark.parametrize('fork', FORKS)
+def test_a_fork_applies_is_short_and_changes_the_run(tmp_path, monkeypatch, fork):
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / 'assets/nano', tmp_path / 'assets/nano')
+    patch = ROOT / f'assets/forks/{fork}.patch'
+    added = [line for line in patch.read_text().split('\n') if line[:1] == '+']
+    assert 0 < len(added) <= 45
+    subprocess.run(['git', 'apply', patch], cwd=tmp_path, check=True)
+
+    # the patched modules in place of ours, for as long as this test lasts
+    for path in tmp_path.glob('*.py'):
+        monkeypatch.delitem(sys.modules, path.stem)
+    monkeypatch.syspath_prepend(tmp_path)
+    import loglik
+    import train as patched_train
+    assert Path(patched_train.__file__).parent == tmp_path
+    # with a KL term groups of equal rewards have passes, too
+    flags = f'{SMALL_RUN} {FORKS[fork]} --beta 0.04 --out {tmp_path} --name run'
+    patched_train.main(flags.split())
+    log = experiments.rows_of(tmp_path / 'run/log.jsonl')
+    assert [row['stage'] for row in log] == ['grpo'] and log[0]['grad_norm'] > 0
+
+    if fork == 'schedule':                       # rates of rows from 0 to 1, not all near 0.5
+        rates = [f(torch.zeros(400, 200), 0.5).float().mean(1).std().item()
+                 for f in (experiments.random_prompt_mask, loglik.random_prompt_mask)]
+        assert rates[0] < 0.1 and 0.2 < rates[1] < 0.4
+    else:                                        # our code knows no such flag's value
+        with pytest.raises((SystemExit, ValueError)):
+            train.parse(FORKS[fork].split())
