@@ -3,61 +3,35 @@ import json
 import os
 import re
 import resource
-import subprocess
+import runpy
+import signal
+import socket
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import grpo
 import rewards
+import sample
 import train
-from model import add_lora, nano_tokenizer
-from tiny import SHARED, needs_shared, tiny
+from model import KEYS, LORA_LAYERS, add_lora, load, load_adapter, save_adapter, save_tokenizer
+from sample import chat
+from tiny import SHARED, needs_shared, tiny, tokens
 
-ROOT = os.path.join(os.path.dirname(__file__), '..')
-SMALL = ('--base_seed 0 --base_steps 2 --sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 '
-         '--num_generations 2 --num_iterations 2 --gen_length 16 --block_length 8 --steps 8 '
-         '--eval_n 3 --eval_lengths 8,16 --save_every 1 --beta 0.04').split()
-
-
-def rows(path):
-    """The rows of a log without their timings."""
-    with open(path) as file:
-        lines = [json.loads(line) for line in file]
-    return [{k: v for k, v in row.items() if 'seconds' not in k} for row in lines]
-
-
-def results(folder):
-    return json.loads((folder / 'results.json').read_text())
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)['weights']
-
-
-def saved_model(folder):
-    tensors = load_file(folder / 'model' / 'model.safetensors')
-    return {name.removeprefix('model.transformer.'): tensor for name, tensor in tensors.items()}
-
-
-def run(out, name, *flags):
-    train.main([*SMALL, '--out', str(out), '--name', name, *flags])
-    return out / name
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ('--sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 --num_generations 2 '
+         '--num_iterations 2 --gen_length 16 --block_length 8 --steps 8 --eval_n 3 '
+         '--eval_lengths 8,16 --save_every 1 --beta 0.04 --temperature 3').split()
+LORA = ['--lora_rank', '4']
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts processes by os.fork')
 
 
 def varied_grade(text, example):
-    """A reward that even an untrained model's completions earn in different amounts."""
+    """A reward that completions earn in different amounts, whatever the model has learnt."""
     return len(set(text)) / 10, len(text) % 2 == 0
-
-
-@pytest.fixture(scope='module')
-def out(tmp_path_factory):
-    """The folder of all runs, with the base and 'whole', an uninterrupted run."""
-    folder = tmp_path_factory.mktemp('out')
-    run(folder, 'whole')
-    return folder
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -68,248 +42,704 @@ def varied_reward():
         yield
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+    """The folder of all runs, with 'whole', one that nothing has stopped."""
+    folder = tmp_path_factory.mktemp('out')
+    run(folder, 'whole')
+    return folder
 
 
-def assert_same_run(ours, theirs):
-    for name in ('log.jsonl', 'samples.jsonl'):
-        assert rows(ours / name) == rows(theirs / name)
-    assert results(ours) == results(theirs)
-    for name in ('sft.pt', 'grpo.pt'):
-        assert equal(weights(ours / name), weights(theirs / name))
+def run(out, name, *flags):
+    train.main([*SMALL, '--out', str(out), '--name', name, *flags])
+    return out / name
 
 
-# ---- what a run leaves ----
+def rows(path):
+    """The rows of a log without their timings."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if 'seconds' not in k} for row in found]
+
+
+def log(folder, stage):
+    return [row for row in rows(folder / 'log.jsonl') if row['stage'] == stage]
+
+
+def results(folder):
+    return json.loads((folder / 'results.json').read_text())
+
+
+def stages(folder):
+    """Those with any result, in their order."""
+    return [stage for stage, scores in results(folder).items() if scores]
+
+
+def checkpoint(folder):
+    return torch.load(folder / 'checkpoint.pt', weights_only=True)           # plain data
+
+
+def content(folder):
+    """All that a run has left but its settings, without timings: {file: what can be compared}."""
+    found = {}
+    for path in folder.rglob('*.*'):
+        name = str(path.relative_to(folder))
+        if name == 'checkpoint.pt':
+            weights = checkpoint(folder)['weights']
+            found[name] = {key: tensor.numpy().tobytes() for key, tensor in weights.items()}
+        elif path.suffix == '.jsonl':
+            found[name] = rows(path)
+        elif path.is_file() and name != 'config.json':
+            found[name] = path.read_bytes()
+    return found
+
+
+def lines(path, *items):
+    """A file of JSON lines."""
+    path.write_text(''.join(json.dumps(item) + '\n' for item in items))
+    return str(path)
+
+
+def problem(question, answer=2):
+    return dict(question=question, answer=f'#### {answer}')
+
+
+# ---- the recipe: what it trains and what it leaves ----
 
 def test_the_recipe_leaves_all_its_files(out):
-    log = rows(out / 'whole' / 'log.jsonl')
-    stages = ['sft'] * 3 + ['grpo'] * 3
-    assert [(row['stage'], row['step']) for row in log] == list(zip(stages, [0, 1, 2] * 2))
-    assert all(row['first_ratio'] == 1 and row['bad_updates'] == 0 for row in log[3:])
-    samples = rows(out / 'whole' / 'samples.jsonl')
+    folder = out / 'whole'
+    named = {path.name for path in folder.iterdir()}
+    generations = {f'{stage}_gsm8k_{length}_generations.json'
+                   for stage in ('base', 'sft', 'grpo') for length in (8, 16)}
+    assert named == generations | {'config.json', 'log.jsonl', 'samples.jsonl', 'results.json',
+                                   'checkpoint.pt', 'model'}
+    found = [(row['stage'], row['step']) for row in rows(folder / 'log.jsonl')]
+    assert found == [('sft', i) for i in range(3)] + [('grpo', i) for i in range(3)]
+    for row in log(folder, 'grpo'):
+        assert row['first_ratio'] == 1 and row['bad_updates'] == 0 and row['kl'] >= -1e-6
+    samples = rows(folder / 'samples.jsonl')
     assert [row['step'] for row in samples] == [0, 1, 2]
     assert len({row['question'] for row in samples}) == 3, 'new problems in each iteration'
-    assert list(results(out / 'whole')) == ['constant', 'base', 'sft', 'grpo']
-    assert results(out / 'whole')['grpo']['gsm8k']['16']['n'] == 3
-    assert equal(saved_model(out / 'whole'), weights(out / 'whole' / 'grpo.pt'))
-    with pytest.raises(ValueError, match='--resume goes on with it'):
-        run(out, 'whole')
+    assert stages(folder) == ['constant', 'base', 'sft', 'grpo']
+    scores = results(folder)['grpo']['gsm8k']
+    assert list(scores) == ['8', '16']
+    saved = json.loads((folder / 'grpo_gsm8k_16_generations.json').read_text())
+    assert saved['metrics'] == scores['16'] and scores['16']['n'] == len(saved['generations']) == 3
+    assert (saved['gen_length'], saved['diffusion_steps']) == (16, 8)
+    model, _ = load(str(folder / 'model'))
+    for name, tensor in checkpoint(folder)['weights'].items():
+        assert torch.equal(model.get_parameter(name), tensor)
 
 
-def test_the_seed_makes_the_run_and_one_base_serves_all_seeds(out, monkeypatch):
-    monkeypatch.setattr(train, 'Corpus', None)                   # no other base is made
-    assert_same_run(run(out, 'again', '--gradient_checkpointing'), out / 'whole')
+def test_a_saved_model_is_evaluated_to_the_numbers_of_its_run(out):
+    again = run(out, 'evaluated', '--model', str(out / 'whole' / 'model'), '--eval_only')
+    assert results(again)['base'] == results(out / 'whole')['grpo']
+    assert not (again / 'log.jsonl').exists() and not (again / 'model').exists()
+
+
+def test_the_seed_makes_the_run(out):
+    again = run(out, 'again', '--gradient_checkpointing')
+    assert content(again) == content(out / 'whole')
     other = run(out, 'other', '--seed', '1')
-    for a, b in zip(rows(other / 'log.jsonl'), rows(out / 'whole' / 'log.jsonl'), strict=True):
-        assert a['loss'] != b['loss']
-    for a, b in zip(rows(other / 'samples.jsonl'), rows(out / 'whole' / 'samples.jsonl')):
-        assert a['question'] != b['question']
-
-
-def test_a_base_serves_every_task(out, monkeypatch):
-    monkeypatch.setattr(train, 'Corpus', None)                   # no other base is made
-    folder = run(out, 'math', '--task', 'math', '--eval_only')
-    assert results(folder)['base'].keys() == {'math'}
+    for name, column in (('log.jsonl', 'loss'), ('samples.jsonl', 'question')):
+        pairs = zip(rows(other / name), rows(again / name), strict=True)
+        assert all(a[column] != b[column] for a, b in pairs)
 
 
 def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
-    first = rows(out / 'whole' / 'log.jsonl')[3]
-    fixed = rows(run(out, 'fixed', '--fixed_mask') / 'log.jsonl')[3]
+    first = log(out / 'whole', 'grpo')[0]
+    fixed = log(run(out, 'fixed', '--fixed_mask', '--grpo_steps', '1'), 'grpo')[0]
     assert fixed['reward'] == first['reward'] and fixed['loss'] != first['loss']
 
 
 @pytest.mark.parametrize('stage', ['sft', 'grpo'])
 def test_one_stage_can_be_trained_alone(out, stage):
     alone = run(out, f'only-{stage}', '--stages', stage)
-    assert list(results(alone)) == ['constant', 'base', stage]
-    both = [row for row in rows(out / 'whole' / 'log.jsonl') if row['stage'] == stage]
-    same = rows(alone / 'log.jsonl') == both
+    assert stages(alone) == ['constant', 'base', stage]
+    same = rows(alone / 'log.jsonl') == log(out / 'whole', stage)
     assert same == (stage == 'sft'), 'in the whole run diffu-GRPO goes on from SFT'
 
 
-def test_a_saved_model_is_evaluated_to_the_numbers_of_its_training_run(out):
-    again = run(out, 'evaluated', '--model', str(out / 'whole' / 'model'), '--eval_only')
-    assert results(again)['base'] == results(out / 'whole')['grpo']
-    assert not (again / 'log.jsonl').exists() and not (again / 'model').exists()
+def test_groups_of_equal_rewards_are_left_out_with_the_same_numbers(out, monkeypatch):
+    def grade(text, example):                    # about every second question teaches nothing
+        return len(set(text)) * (len(example['question']) % 2), False
+    task = rewards.TASKS['gsm8k']._replace(grade=grade)
+    monkeypatch.setitem(rewards.TASKS, 'gsm8k', task)
+    passes, completion_logps, rollout = [], train.completion_logps, train.rollout
+
+    def counted(*args):
+        passes.append(1)
+        return completion_logps(*args)
+
+    def never_flat(*args):
+        return [group._replace(advantages=group.advantages + 1e-30) for group in rollout(*args)]
+    monkeypatch.setattr(train, 'completion_logps', counted)
+    flags = '--stages grpo --beta 0 --learning_rate 1e-3 --num_prompts 4 --eval_lengths 8'.split()
+    cheap = run(out, 'flat-out', *flags)
+    num_passes = len(passes)
+    monkeypatch.setattr(train, 'rollout', never_flat)
+    whole = run(out, 'flat-in', *flags)
+    flat = sum(4 * row['flat_groups'] for row in log(cheap, 'grpo'))
+    assert 0 < flat < 12 and len(passes) - num_passes == 3 * 4 * 2
+    assert num_passes == (3 * 4 - flat) * 2
+    for ours, theirs in zip(log(cheap, 'grpo'), log(whole, 'grpo'), strict=True):
+        assert 'kl' not in ours, 'no KL was computed'
+        for name in ('reward', 'grad_norm', 'length'):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
 @pytest.mark.parametrize('stage, loss', [('sft', 'masked_loss'), ('grpo', 'policy_loss')])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(out, monkeypatch, stage, loss):
-    calls, original = [], getattr(train, loss)
+    original, losses = getattr(train, loss), []
 
-    def spoilt(logps, *rest):
-        calls.append(1)
-        return original(logps * float('nan') if len(calls) == 2 else logps, *rest)
+    def spoilt(*args):
+        result = original(*args)
+        losses.append(result)
+        if len(losses) != 2:
+            return result
+        return result * torch.nan if stage == 'sft' else (result[0] * torch.nan, result[1])
     monkeypatch.setattr(train, loss, spoilt)
     folder = run(out, f'skipped-{stage}', '--stages', stage)
-    log = rows(folder / 'log.jsonl')
-    is_bad = [row['grad_norm'] != row['grad_norm'] for row in log]           # nan
+    is_bad = [row['grad_norm'] != row['grad_norm'] for row in rows(folder / 'log.jsonl')]    # nan
     assert is_bad == [stage == 'grpo', stage == 'sft', False]
     if stage == 'grpo':
-        assert [row['bad_updates'] for row in log] == [1, 0, 0]
-    trained = weights(folder / f'{stage}.pt')
+        assert [row['bad_updates'] for row in log(folder, 'grpo')] == [1, 0, 0]
+    base, _ = load('nano')
+    trained = checkpoint(folder)['weights']
     assert all(tensor.isfinite().all() for tensor in trained.values())
-    assert not equal(trained, saved_model(out / 'base-0')), 'the other updates were made'
-
-
-def test_lora_trains_adapters_only_and_the_saved_model_has_them_merged(out):
-    folder = run(out, 'lora', '--lora_rank', '4', '--lora_targets', 'q_proj,up_proj',
-                 '--sft_lora_targets', 'q_proj,up_proj')
-    for stage in ('sft', 'grpo'):
-        layers = {name.rpartition('.')[0] for name in weights(folder / f'{stage}.pt')}
-        assert layers == {f'blocks.{i}.{name}' for i in range(3) for name in ('q_proj', 'up_proj')}
-        assert all('.lora_' in name for name in weights(folder / f'{stage}.pt'))
-    base, merged = saved_model(out / 'base-0'), saved_model(folder)
-    assert merged.keys() == base.keys()
-    changed = {name for name in base if not torch.equal(merged[name], base[name])}
-    assert changed == {f'{layer}.weight' for layer in layers}
-
-
-def test_compiled_blocks_give_the_same_numbers(out, monkeypatch, capsys):
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile',              # no C compiler is needed
-                        lambda block, **keys: original(block, backend='eager', **keys))
-    compiled = run(out, 'compiled', '--compile', '--stages', 'grpo', '--grpo_steps', '1')
-    assert re.search('[1-9][0-9]* graphs were compiled for 3 blocks', capsys.readouterr().out)
-    ours, theirs = (rows(folder / 'log.jsonl')[-1] for folder in (
-        compiled, run(out, 'not-compiled', '--stages', 'grpo', '--grpo_steps', '1')))
-    assert ours['reward'] == theirs['reward']
-    assert ours['grad_norm'] == pytest.approx(theirs['grad_norm'], rel=1e-4)
+    assert not torch.equal(trained['wte.weight'], base.wte.weight), 'the others were made'
 
 
 def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(out):
     folder = run(out, 'half', '--dtype', 'bfloat16', '--stages', 'grpo', '--num_iterations', '1',
                  '--grpo_steps', '1')
-    trained = weights(folder / 'grpo.pt')
-    halved = {name: tensor.bfloat16() for name, tensor in trained.items()}
-    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
-    assert any(not torch.equal(trained[name], halved[name].float()) for name in trained)
-    assert equal(saved_model(folder), halved)
+    trained = checkpoint(folder)['weights']
+    saved = load_file(folder / 'model/model.safetensors')
+    rounded = 0
+    for name, tensor in trained.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(saved['model.transformer.' + name], tensor.bfloat16())
+        rounded += not torch.equal(tensor, tensor.bfloat16().float())
+    assert rounded
     [row] = rows(folder / 'log.jsonl')
     assert row['first_ratio'] == 1 and row['kl'] == 0, 'the reference computes as the policy does'
 
 
-# ---- a run that ends on the way, and goes on ----
+# ---- LoRA: from a folder in the layout of a published model to a folder in that layout ----
 
-class Stopped(Exception):
+def published(folder, layout):
+    """A small random model in bfloat16 shards, with the nano tokenizer."""
+    model = tiny(layout=layout, qk_norm=layout == 'qwen3', embedding_size=907,
+                 max_sequence_length=1024)
+    if layout == 'qwen3':
+        sizes = {theirs: getattr(model.config, ours) for ours, theirs in KEYS['qwen3'].items()}
+        model.config.file_keys = dict(sizes, model_type='a2d-qwen3')
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size='15KB')
+    save_tokenizer(folder, 'nano')
+    return str(folder)
+
+
+def tensors(folder):
+    found = {}
+    for path in folder.glob('*.safetensors'):
+        found |= load_file(path)
+    return found
+
+
+@pytest.fixture(params=['llada', 'qwen3'])
+def adapted(request, tmp_path):
+    """A base in the layout, the folder of its run with LoRA, and ids."""
+    base = published(tmp_path / 'base', request.param)
+    folder = run(tmp_path, 'lora', '--model', base, '--device', 'cpu', '--no-compile', *LORA,
+                 '--data', 'nano', '--eval_data', 'nano', '--sft_data', 'nano',
+                 '--sft_length', '64', '--learning_rate', '1e-2', '--sft_learning_rate', '1e-2')
+    return Path(base), folder, tokens(2, 9, high=900)
+
+
+@torch.no_grad()
+def test_adapters_of_both_stages_become_one_and_a_merged_model(adapted):
+    base, folder, ids = adapted
+    trained = checkpoint(folder)['weights']
+    names = {re.sub('blocks.[01].', '', name) for name in trained}
+    stage_layers = [('0', 'q_proj k_proj v_proj'), ('1', 'q_proj k_proj v_proj'), ('0', 'up_proj')]
+    assert names == {f'{layer}.adapters.{i}.{matrix}' for i, layers in stage_layers
+                     for layer in layers.split() for matrix in 'AB'}
+    assert all(p.dtype == torch.float32 and p.abs().sum() > 0 for p in trained.values())
+
+    policy, _ = load(str(base))
+    before = policy(ids)
+    add_lora(policy, 4, 8, ('q_proj', 'k_proj', 'v_proj'))       # SFT's
+    add_lora(policy, 4, 64, train.parse([]).lora_targets)        # diffu-GRPO's
+    policy.load_state_dict(trained, strict=False)
+    again, _ = load(str(base))
+    load_adapter(folder / 'adapter', again)
+    assert len(again.blocks[0].q_proj.adapters) == 1
+    torch.testing.assert_close(again(ids), policy(ids), atol=1e-4, rtol=1e-4)
+    assert (again(ids) - before).abs().max() > 0.01
+    merged, _ = load(str(folder / 'model'))
+    assert (merged(ids) - policy(ids)).abs().max() < 0.3 * (policy(ids) - before).abs().max()
+
+    saved, source = tensors(folder / 'model'), tensors(base)
+    assert saved.keys() == source.keys() and len(list(base.glob('model-*'))) > 2
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    changed = {name.split('.')[-2] for name in saved if not torch.equal(saved[name], source[name])}
+    assert changed == {'q_proj', 'k_proj', 'v_proj', 'up_proj'}
+    files = [path.name for path in base.iterdir() if 'model' not in path.name]
+    assert {'config.json', 'tokenizer.json', 'chat_template.jinja'} <= set(files)
+    for name in files:
+        assert (folder / 'model' / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_evaluation_sees_what_was_trained_and_the_base_stays_as_it_is(out, monkeypatch, dtype):
+    ids, seen, graded_answers = tokens(2, 9, high=900), {}, train.graded_answers
+
+    @torch.no_grad()
+    def spied(args, model, tokenizer, problems, length, label):
+        seen[label.partition(':')[0]] = model(ids), model.blocks[0].q_proj.weight.clone()
+        return graded_answers(args, model, tokenizer, problems, length, label)
+    monkeypatch.setattr(train, 'graded_answers', spied)
+    # steps of 2e-5, which bfloat16 weights would not notice
+    folder = run(out, f'seen-{dtype}', '--stages', 'grpo', *LORA, '--dtype', dtype,
+                 '--eval_every', '2')
+    assert stages(folder) == ['constant', 'base', 'grpo-2', 'grpo']
+    for label, name in (('grpo-2', 'adapter-2'), ('grpo', 'adapter')):
+        model, _ = load('nano', getattr(torch, dtype))
+        load_adapter(folder / name, model)
+        with torch.no_grad():
+            assert torch.equal(model(ids), seen[label][0]) and model.device.type == 'cpu'
+        assert torch.equal(model.blocks[0].q_proj.weight, seen[label][1])
+        assert not torch.equal(seen['base'][0], seen[label][0])
+        scored = run(out, f'scored-{name}-{dtype}', '--eval_only', '--dtype', dtype,
+                     '--adapter', str(folder / name))
+        assert results(scored)['base'] == results(folder)[label]
+    assert not torch.equal(seen['grpo-2'][0], seen['grpo'][0])
+
+
+# ---- problems ----
+
+def nano_args(*flags):
+    return train.parse(['--gen_length', '16', '--block_length', '8', '--steps', '8', *flags])
+
+
+def llada_args(*flags):
+    return train.parse(['--model', 'x/y', '--device', 'cpu', *flags])
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return load('nano')[1]
+
+
+def problems_of(args, tokenizer):
+    return train.Problems(args, tokenizer, train.load_test_sets(args, tokenizer))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A Sudoku, eight word problems, and six of which four are long."""
+    return dict(
+        puzzle=lines(tmp_path / 'puzzle.jsonl',
+                     dict(Puzzle='4320004330100004', Solution='4321124334122134')),
+        numbers=lines(tmp_path / 'numbers.jsonl', *[problem(str(i)) for i in range(8)]),
+        mixed=lines(tmp_path / 'mixed.jsonl',
+                    *[problem(f'{i} + 1 =' + ' x' * 99 * (i % 3 > 0)) for i in range(6)]))
+
+
+def test_tasks_take_turns_and_each_may_have_its_own_source(files, tokenizer):
+    args = nano_args('--task', 'gsm8k,sudoku', '--data', files['numbers'] + ',nano')
+    tests = train.load_test_sets(args, tokenizer)
+    assert [len(tests[task]) for task in ('gsm8k', 'sudoku')] == [256, 256]
+    problems = train.Problems(args, tokenizer, tests)
+    drawn = [problems.draw(i) for i in range(16)]
+    assert [task for task, _, _ in drawn] == ['gsm8k', 'sudoku'] * 8
+    assert {example['question'] for _, _, example in drawn[::2]} == set('01234567')
+    assert len({example['question'] for _, _, example in drawn[1::2]}) == 8
+    tasks = [row['task'] for row in rows(
+        run(Path(files['puzzle']).parent, 'two', '--task', 'gsm8k,sudoku', '--stages', 'grpo',
+            '--num_prompts', '1', '--grpo_steps', '2') / 'samples.jsonl')]
+    assert tasks == ['gsm8k', 'sudoku']
+
+
+def test_each_epoch_of_a_file_has_an_order_of_its_own(files, tokenizer):
+    orders = []
+    for seed in ('0', '1'):
+        args = nano_args('--data', files['numbers'], '--seed', seed)
+        problems = problems_of(args, tokenizer)
+        order = [problems.draw(i)[2]['question'] for i in range(16)]
+        assert sorted(order[:8]) == sorted(order[8:]) == list('01234567')
+        orders += [order[:8], order[8:]]
+    assert all(orders.count(order) == 1 for order in orders)
+
+
+def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(files, tokenizer, capsys):
+    args = nano_args('--data', files['mixed'], '--eval_data', files['mixed'], '--max_prompt', '64')
+    [tests] = train.load_test_sets(args, tokenizer).values()
+    assert [example['question'] for _, _, example in tests] == ['0 + 1 =', '3 + 1 =']
+    assert '4 of 6' in capsys.readouterr().out
+    problems = train.Problems(args, tokenizer, {})
+    drawn = [problems.draw(i)[2]['question'] for i in range(20)]
+    assert set(drawn) == {'0 + 1 =', '3 + 1 ='}
+    assert drawn == [train.Problems(args, tokenizer, {}).draw(i)[2]['question'] for i in range(20)]
+
+
+def test_training_problems_that_are_test_problems_are_left_out_and_counted(tmp_path, tokenizer,
+                                                                           capsys):
+    """Whoever asks, in whatever case and order."""
+    test = lines(tmp_path / 'test.jsonl', problem('How  many?'), dict(problem('Why?'), asker='Al'))
+    data = lines(tmp_path / 'train.jsonl', problem('Which?'), problem('why?'),
+                 dict(problem('how many?'), asker='Eve'))
+    problems = problems_of(nano_args('--data', data, '--eval_data', test), tokenizer)
+    assert [example['question'] for example in problems.examples['gsm8k']] == ['Which?']
+    assert '2 of 3' in capsys.readouterr().out
+    test = lines(tmp_path / 'test.jsonl', dict(nums=[1, 2, 3], target=6))
+    data = lines(tmp_path / 'train.jsonl', dict(nums=[3, 1, 2], target=6),
+                 dict(nums=[3, 1, 2], target=5))
+    args = nano_args('--task', 'countdown', '--data', data, '--eval_data', test)
+    problems = problems_of(args, tokenizer)
+    assert [example['answer'][1] for example in problems.examples['countdown']] == [5]
+    # a problem of one task is no test problem of another
+    args = nano_args('--task', 'gsm8k,math', '--data', 'nano', '--eval_data', 'nano')
+    assert [len(problems_of(args, tokenizer).examples[t]) for t in args.tasks] == [2000, 2000]
+
+
+def test_a_code_problem_that_fails_its_own_solution_is_never_drawn(tmp_path, tokenizer):
+    def row(i, code):
+        return dict(text=f'{i}', code=code, test_list=[f'assert f({i}) == {i}'])
+    data = lines(tmp_path / 'code.jsonl', row(1, 'def f(x): return x'), row(2, 'def f(x): return'),
+                 row(3, 'def f(x): return x + 0'))
+    problems = train.Problems(nano_args('--task', 'code', '--data', data), tokenizer, {})
+    drawn = {problems.draw(i)[2]['answer']['tests'][0] for i in range(9)}
+    assert drawn == {'assert f(1) == 1', 'assert f(3) == 3'}
+
+
+@needs_shared
+def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew(tokenizer):
+    file = str(SHARED / 'data/sudoku_test.csv')
+    args = llada_args('--task', 'sudoku', '--eval_data', file)
+    [problems] = train.load_test_sets(args, tokenizer).values()
+    theirs = []
+    for part in (SHARED / 'data/llada_generations').glob('sudoku*'):
+        theirs += [item['question'] for item in json.loads(part.read_text())['generations']]
+    ours = [example['question'] for _, _, example in problems]
+
+    def grids(questions):
+        return sorted(re.search('[0-4]{16}', question)[0] for question in questions)
+    assert grids(ours) == grids(theirs)
+
+
+def test_prefill_is_prompt_that_is_never_masked_and_text_that_is_rewarded(out, monkeypatch):
+    seen, masks = [], []
+    grade_all, completion_logps = rewards.grade_all, train.completion_logps
+
+    def graded(task, texts, examples):
+        seen.extend(texts)
+        return grade_all(task, texts, examples)
+
+    def kept(model, prompt_ids, completion_ids, prompt_mask, *rest):
+        masks.append((prompt_ids, prompt_mask))
+        return completion_logps(model, prompt_ids, completion_ids, prompt_mask, *rest)
+    monkeypatch.setattr(rewards, 'grade_all', graded)
+    monkeypatch.setattr(train, 'completion_logps', kept)
+    folder = run(out, 'prefilled', '--stages', 'grpo', '--prefill', '<reasoning>\n',
+                 '--p_mask_prompt', '0.9')
+    prefill = load('nano')[1]('<reasoning>\n')['input_ids']
+    constant = rewards.tagged('', rewards.TASKS['gsm8k'].constant_answer)
+    texts = set(seen) - {constant}
+    assert texts and all(text.startswith('<reasoning>\n') for text in texts)
+    for prompt_ids, prompt_mask in masks:
+        assert prompt_ids[0, -len(prefill):].tolist() == prefill
+        assert not prompt_mask[:, -len(prefill):].any() and prompt_mask.any()
+    assert rows(folder / 'samples.jsonl')[0]['completion'].startswith('<reasoning>\n')
+
+
+def test_instructions_of_a_file_replace_those_of_every_task(tmp_path):
+    _, tokenizer = load('nano')
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    (tmp_path / 'i.txt').write_text('Answer 5.\n')
+    args = llada_args('--instructions', str(tmp_path / 'i.txt'))
+    ids = train.encode(args, tokenizer, 'gsm8k', dict(question='1+1?'))
+    assert ids == tokenizer('Answer 5.\n\n1+1?')['input_ids']
+
+
+# ---- evaluation ----
+
+def test_every_answer_stands_with_its_own_problem(files, tokenizer, monkeypatch):
+    """A model that repeats its prompt: prompts go in by length, answers come out in order."""
+    args = nano_args('--eval_data', files['mixed'], '--max_prompt', '400', '--sample_batch', '2')
+    [problems] = train.load_test_sets(args, tokenizer).values()
+    sizes = []
+
+    def repeat(model, tokenizer, prompts, sampling, prefill):
+        sizes.append([len(prompt) for prompt in prompts])
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        return None, torch.ones(len(prompts), 5), None, texts
+    monkeypatch.setattr(train, 'sample_texts', repeat)
+    items = train.graded_answers(args, None, tokenizer, problems, 8, 'label')
+    lengths = [len(prompt) for _, prompt, _ in problems]
+    assert sum(sizes, []) == sorted(lengths) != lengths and max(map(len, sizes)) == 2
+    for (_, prompt, example), item in zip(problems, items, strict=True):
+        text = tokenizer.decode(prompt)
+        reward, correct = varied_grade(text, example)
+        assert item == dict(question=example['question'], generations=text, reward=reward,
+                            correct=correct, ground_truth=example['answer'], effective_tokens=5)
+
+
+def test_code_is_evaluated_on_human_eval_and_mbpp_apart(tokenizer, monkeypatch):
+    human = dict(prompt='def f(x):\n', entry_point='f', test='def check(f):\n    assert f(1) == 1')
+    mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='')
+    hub = {'openai/openai_humaneval': [human], 'google-research-datasets/mbpp': [mbpp, mbpp]}
+
+    def read_rows(source, config, split):
+        return hub[source] if split == 'test' else None
+    monkeypatch.setattr(rewards, 'read_rows', read_rows)
+    args = llada_args('--task', 'code', '--eval_lengths', '32')
+    sets = train.load_test_sets(args, tokenizer)
+    assert {name: len(sets[name]) for name in sets} == {'code-openai_humaneval': 1, 'code-mbpp': 2}
+    constant = train.scores_without_a_model(args, tokenizer, sets)['constant']
+    accuracy = [constant[name]['32']['accuracy'] for name in sets]
+    assert accuracy == [1.0, 0.0], 'the constant answer returns x, which is right once'
+
+
+def test_a_task_with_a_rule_has_a_row_for_it_before_the_base(out, capsys):
+    folder = run(out, 'rule', '--task', 'gsm8k,sudoku', '--eval_only', '--eval_lengths', '8')
+    assert stages(folder) == ['constant', 'rule', 'base']
+    found = results(folder)
+    assert found['rule'].keys() == {'sudoku'} and found['base'].keys() == {'gsm8k', 'sudoku'}
+    share = found['rule']['sudoku']['8']['share']
+    assert share > found['constant']['sudoku']['8']['share']
+    assert f'{100 * share:.1f}' in capsys.readouterr().out
+
+
+def test_the_table_has_a_row_per_stage_and_a_number_per_length():
+    def score(accuracy):
+        return dict(accuracy=accuracy, low=0.0, high=1.0, share=accuracy, reward=accuracy * 3,
+                    effective_tokens=7)
+    found = dict(constant=dict(math={'8': score(0.125), '16': score(0.25)}), rule={},
+                 base=dict(math={'8': score(0.375), '16': score(0.625)}))
+    args = nano_args('--eval_lengths', '8,16')
+    text = train.table(args, found)
+    numbers = [[float(number) for number in re.findall(r'[0-9]+\.[0-9]+', line)]
+               for line in text.splitlines()]
+    row = [12.5, 0, 100, 0.38, 7, 25, 0, 100, 0.75, 7]
+    assert [found for found in numbers if found] == [row, [37.5, 0, 100, 1.12, 7, 62.5, 0, 100,
+                                                           1.88, 7]]
+
+
+def test_curves_rise_and_fall_with_reward_and_length():
+    log = [dict(loss=1.0)] + [dict(reward=i, length=5 - i) for i in range(4)]
+    reward, length = train.curves(log).splitlines()
+    bars = [re.search('[▁-█]+', line)[0] for line in (reward, length)]
+    assert bars[0] == ''.join(sorted(bars[0])) == bars[1][::-1]
+    assert bars[0][0] == '▁' and bars[0][-1] == '█' and len(bars[0]) == 4
+    assert train.curves([dict(loss=1.0)]) == ''
+    long = train.curves([dict(reward=1, length=1)] * 1000)
+    assert max(map(len, long.splitlines())) <= 100
+
+
+# ---- one process or two ----
+
+def in_a_process(work, *args, **environment):
+    """The id of a fork of this process that does work(*args) and nothing else."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(120)                    # no test waits for ever
+            os.environ.update(environment)
+            work(*args)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return pid
+
+
+def two_processes(work, *args):
+    """As torchrun starts them."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    keys = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    pids = [in_a_process(work, *args, RANK=rank, LOCAL_RANK=rank, **keys) for rank in '01']
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+
+
+class Stopped(BaseException):
     pass
 
 
-def stop(out, name, function, number, *flags):
-    """A run that ends when call `number` of a function of train.py begins."""
-    calls, original = [], getattr(train, function)
+def run_until(number, argv):
+    """train.run that ends when the call `number` of save_checkpoint begins."""
+    save_checkpoint = train.save_checkpoint
+    calls = []
 
     def stopping(*args):
         calls.append(1)
         if len(calls) == number:
             raise Stopped
-        return original(*args)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train, function, stopping)
-        run(out, name, *flags)
+        save_checkpoint(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'save_checkpoint', stopping)
+        patch.setattr(torch.cuda, 'is_available', bool)          # no
+        try:
+            train.run(argv)
+        except Stopped:
+            pass
+
+
+def half_flat(text, example):
+    """Every second question teaches nothing, so that a process may have nothing to do."""
+    return len(set(text)) * (len(example['question']) % 2), len(text) % 2 == 0
+
+
+def assert_close(one, two):
+    for a, b in zip(rows(one / 'log.jsonl'), rows(two / 'log.jsonl'), strict=True):
+        assert a.pop('stage') == b.pop('stage')
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert rows(one / 'samples.jsonl') == rows(two / 'samples.jsonl')
+    assert results(one) == results(two)
+    torch.testing.assert_close(checkpoint(one)['weights'], checkpoint(two)['weights'], atol=1e-5,
+                               rtol=0)
+
+
+@needs_fork
+@pytest.mark.parametrize('flags', ['--lora_rank 4', '--beta 0'])
+def test_two_processes_equal_one_and_one_finishes_what_they_began(tmp_path, monkeypatch, flags):
+    """Shares that are not even: 3 test problems, SFT's 3 rows by 2."""
+    task = rewards.TASKS['gsm8k']._replace(grade=half_flat)
+    monkeypatch.setitem(rewards.TASKS, 'gsm8k', task)
+    flags = [*SMALL, '--sft_batch', '6', '--micro_batch', '2', '--num_generations', '4',
+             '--sample_batch', '4', '--out', str(tmp_path), *flags.split()]
+    train.main([*flags, '--name', 'one'])
+    grad_norms = [row['grad_norm'] for row in rows(tmp_path / 'one/log.jsonl')]
+    assert max(grad_norms) > 1e-3, 'or 1e-5 would say nothing'
+    two_processes(run_until, None, [*flags, '--name', 'two'])
+    assert_close(tmp_path / 'one', tmp_path / 'two')
+    two_processes(run_until, 5, [*flags, '--name', 'stopped'])
+    assert checkpoint(tmp_path / 'stopped')['stage'] == 'grpo'
+    assert not (tmp_path / 'stopped/model').exists()
+    train.main([*flags, '--name', 'stopped', '--resume'])
+    assert_close(tmp_path / 'one', tmp_path / 'stopped')
+
+
+# ---- a run that is killed, and goes on ----
+
+def die_at(number, argv):
+    """Kills its process at the touch `number` of the disk: a file or row is cut, or has no name."""
+    def dying(call, spoil):
+        def wrapped(*args):
+            nonlocal number
+            number -= 1
+            if number == 0:
+                spoil(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+        return wrapped
+
+    def cut_file(fd):
+        os.ftruncate(fd, os.fstat(fd).st_size // 2)
+
+    def cut_row(args, name, row):
+        with open(Path(args.folder, name), 'a') as file:
+            file.write(json.dumps(row)[:9])
+
+    def leave(*args):
+        pass
+    os.fsync = dying(os.fsync, cut_file)         # of this process, which is a fork
+    Path.replace = dying(Path.replace, leave)
+    train.append = dying(train.append, cut_row)
+    train.save_adapter = dying(train.save_adapter, leave)
+    train.main(argv)
+
+
+@needs_fork
+@pytest.mark.parametrize('flags', ['', '--lora_rank 2 --save_every 2 --eval_every 1'])
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(out, tmp_path, flags):
+    """Start number i dies 6 touches of the disk later than the one before, until one ends."""
+    flags = [*SMALL, '--name', 'run', *flags.split()]
+    whole = out / 'whole'
+    if len(flags) > len(SMALL) + 2:
+        train.main([*flags, '--out', str(tmp_path / 'whole')])
+        whole = tmp_path / 'whole/run'
+    flags += ['--out', str(tmp_path)]
+    deaths, status = 0, None
+    while status != 0:
+        resume = ['--resume'] if (tmp_path / 'run').exists() else []
+        _, status = os.waitpid(in_a_process(die_at, 1 + 6 * deaths, flags + resume), 0)
+        assert status in (0, signal.SIGKILL)
+        deaths += status != 0
+    assert deaths >= 5
+    assert content(tmp_path / 'run') == content(whole)
+
+
+def stop(out, name, number, *flags):
+    """The folder of a run that ends when the call `number` of save_checkpoint begins."""
+    run_until(number, [*SMALL, '--out', str(out), '--name', name, *flags])
     return out / name
 
 
-@pytest.mark.parametrize('flags', ['', '--lora_rank 2 --save_every 2 --eval_every 1'])
-@pytest.mark.parametrize('function, stride', [('write', 5), ('append', 2)])
-def test_a_run_stopped_again_and_again_gives_the_same_numbers(out, tmp_path, flags, function,
-                                                              stride):
-    """Start number i ends `stride` calls later than the one before, until one ends by itself."""
-    whole = run(out, f'whole-{function}', *flags.split()) if flags else out / 'whole'
-    resume, stops = [], 0
-    while not (tmp_path / 'run' / 'model').exists():
-        try:
-            stop(tmp_path, 'run', function, 1 + stride * stops, *flags.split(), *resume)
-            stops += 1
-        except pytest.fail.Exception:                            # nothing stopped it
-            pass
-        if (tmp_path / 'run' / 'config.json').exists():
-            resume = ['--resume']
-    assert stops >= 3
-    assert_same_run(tmp_path / 'run', whole)
-
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kill.py forks')
-def test_killed_runs_resume_to_the_same_numbers():
-    """tests/kill.py 20 is the long version."""
-    done = subprocess.run([sys.executable, 'tests/kill.py', '1'], cwd=ROOT, capture_output=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'every file of every run equals' in done.stdout
-
-
 def test_what_is_finished_is_not_repeated(out, monkeypatch):
-    stop(out, 'stopped', 'answers', 4)                           # after sft, at the second length
-    answers, labels = train.answers, []
+    folder = run(out, 'finished')
+    found = results(folder)
+    del found['grpo']['gsm8k']['16']
+    (folder / 'results.json').write_text(json.dumps(found))
+    labels, graded_answers = [], train.graded_answers
 
     def spied(*args):
         labels.append(args[-1])
-        return answers(*args)
-    monkeypatch.setattr(train, 'answers', spied)
-    monkeypatch.setattr(train, 'train_sft', None)
-    run(out, 'stopped', '--resume')
-    assert labels == ['sft: gsm8k, 16 tokens', 'grpo: gsm8k, 8 tokens', 'grpo: gsm8k, 16 tokens']
-    assert_same_run(out / 'stopped', out / 'whole')
+        return graded_answers(*args)
+    monkeypatch.setattr(train, 'graded_answers', spied)
+    for name in ('masked_loss', 'policy_loss', 'rollout'):
+        monkeypatch.setattr(train, name, None)
+    run(out, 'finished', '--resume')
+    assert len(labels) == 1 and content(folder) == content(out / 'whole')
 
 
-def test_checkpoints_are_at_least_save_minutes_apart(out, monkeypatch):
-    saved = []
-
-    def spied(args, name, content):
-        saved.append((name, content['step'])) if name == 'checkpoint.pt' else None
-        return write(args, name, content)
-    write = train.write
-    monkeypatch.setattr(train, 'write', spied)
-    run(out, 'seldom', '--save_minutes', '5')
-    assert [step for _, step in saved] == [1, 3, 3], 'the first, and each stage when it is finished'
-
-
-def test_an_adapter_of_the_base_in_assets_names_it_as_the_flag_does(tmp_path):
-    args = train.parse(['--lora_rank', '4'])
-    args.folder = str(tmp_path)
-    train.keep_adapter(args, add_lora(tiny(), 4, 4), 'adapter')
-    config = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
-    assert config['base_model_name_or_path'] == 'nano'
+def test_the_same_command_begins_another_run_and_resume_goes_on_with_the_newest(out, capsys):
+    one = ['--stages', 'sft', '--eval_lengths', '8']
+    for _ in range(2):
+        run(out, 'name', *one)
+    stop(out, 'name', 2, *one)
+    kept = {name: content(out / name) for name in ('name', 'name-2')}
+    assert len(log(out / 'name-3', 'sft')) == 2 and not (out / 'name-3/model').exists()
+    capsys.readouterr()
+    run(out, 'name', *one, '--resume', '--sft_learning_rate', '0')
+    assert '--sft_learning_rate' in capsys.readouterr().out, 'what has changed is said'
+    assert not (out / 'name-4').exists()
+    assert (out / 'name-3/model').exists()
+    assert kept == {name: content(out / name) for name in kept} and kept['name'] == kept['name-2']
 
 
-def test_reading_a_log_that_is_not_there_makes_none(tmp_path):
-    args = train.parse([])
-    args.folder = str(tmp_path)
-    assert train.read_log(args, 'log.jsonl') == [] and not list(tmp_path.iterdir())
+@pytest.mark.parametrize('stage', ['sft', 'grpo'])
+def test_a_learning_rate_given_with_resume_counts(out, stage):
+    rate = dict(sft='--sft_learning_rate', grpo='--learning_rate')[stage]
+    flags = ['--stages', stage, '--eval_lengths', '8']
+    folder = stop(out, f'slower-{stage}', 3, *flags)
+    before = checkpoint(folder)
+    assert before['step'] == 2
+    run(out, folder.name, *flags, '--resume', rate, '0')
+    torch.testing.assert_close(checkpoint(folder)['weights'], before['weights'], atol=0, rtol=0)
 
 
-def test_evaluations_on_the_way_keep_the_adapter_of_each(out):
-    folder = run(out, 'watched', '--eval_every', '2', '--lora_rank', '4', '--learning_rate', '3e-2')
-    assert list(results(folder)) == ['constant', 'base', 'sft', 'grpo-2', 'grpo']
-    config = json.loads((folder / 'adapter-2' / 'adapter_config.json').read_text())
-    assert config['base_model_name_or_path'] == str(out / 'base-0' / 'model')
-    scored = run(out, 'step-2', '--eval_only', '--adapter', str(folder / 'adapter-2'))
-    assert results(scored)['base'] == results(folder)['grpo-2']
-    assert results(folder)['grpo-2'] != results(folder)['sft']
-
-
-def test_a_learning_rate_given_with_resume_counts(out):
-    folder = stop(out, 'slower', 'save_checkpoint', 5)           # diffu-GRPO's second
-    before = weights(folder / 'checkpoint.pt')
-    run(out, 'slower', '--resume', '--learning_rate', '0')
-    assert equal(weights(folder / 'grpo.pt'), before)
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(out):
-    folder = stop(out, 'full', 'save_checkpoint', 5)
+def test_a_full_disk_is_one_line_and_loses_nothing(out):
+    folder = stop(out, 'full', 5)
     kept = (folder / 'checkpoint.pt').read_bytes()
+    model, _ = load('nano')
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))         # bytes per file
     try:
-        with pytest.raises(SystemExit, match='checkpoint.pt.new cannot be written.*--resume'):
+        with pytest.raises(SystemExit) as end:
             train.run([*SMALL, '--out', str(out), '--name', 'full', '--resume'])
-        with pytest.raises(OSError, match='model.new cannot be written'):
-            train.save_model(str(folder / 'model'), *train.load('nano'), 'nano')
+        with pytest.raises(OSError):
+            train.save_model(folder / 'model', model, 'nano')
+        add_lora(model, 128, 128, LORA_LAYERS)
+        with pytest.raises(OSError):
+            save_adapter(out / 'full-adapter', model, 'nano')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert 'checkpoint.pt' in end.value.code and '\n' not in end.value.code
     assert (folder / 'checkpoint.pt').read_bytes() == kept and not (folder / 'model').exists()
-    assert_same_run(run(out, 'full', '--resume'), out / 'whole')
+    assert content(run(out, 'full', '--resume')) == content(out / 'whole')
 
 
 class Bomb:
@@ -321,85 +751,18 @@ class Bomb:
 
 
 def test_a_checkpoint_is_data_of_this_model_or_one_line(out, tmp_path):
-    folder = stop(out, 'spoilt', 'save_checkpoint', 5)
-    good = torch.load(folder / 'checkpoint.pt', weights_only=True)
+    folder = stop(out, 'spoilt', 5)
+    good = checkpoint(folder)
     shapes = {**good['weights'], 'ln_f.weight': torch.ones(1)}               # would broadcast
     names = {'model.' + name: tensor for name, tensor in good['weights'].items()}
-    bomb = Bomb(str(tmp_path / 'exploded'))
-    for spoilt, says in ((shapes, 'another model'), (names, 'another model'),
-                         (bomb, 'checkpoint.pt is no checkpoint')):
-        torch.save(dict(good, weights=spoilt), folder / 'checkpoint.pt')
-        with pytest.raises(ValueError, match=says):
+    for weights in (shapes, names, Bomb(str(tmp_path / 'exploded'))):
+        torch.save(dict(good, weights=weights), folder / 'checkpoint.pt')
+        with pytest.raises(ValueError):
             run(out, 'spoilt', '--resume')
     assert not (tmp_path / 'exploded').exists()
 
 
-# ---- sampling and evaluation ----
-
-def test_the_sampling_knobs_reach_rollouts_and_evaluation(out, monkeypatch):
-    asked, generate = [], grpo.generate
-
-    def spied(*tensors, attention_mask, generators, order, **knobs):
-        if knobs not in asked:
-            asked.append(knobs)
-        return generate(*tensors, attention_mask=attention_mask, generators=generators,
-                        order=order, **knobs)
-    monkeypatch.setattr(grpo, 'generate', spied)
-    run(out, 'knobs', '--stages', 'grpo', '--grpo_steps', '1', '--cache', '--threshold', '0.5',
-        '--cfg_scale', '1', '--remasking', 'random', '--temperature', '0.7', '--eval_lengths', '8')
-    shared = dict(block_length=8, cache=True, threshold=0.5, cfg_scale=1.0)
-    rollouts = dict(shared, gen_length=16, steps=8, temperature=0.7, remasking='random')
-    assert asked == [dict(shared, gen_length=8, steps=4), rollouts]
-
-
-def test_every_answer_stands_with_its_own_problem(files, monkeypatch):
-    """A model that repeats its prompt: prompts go in by length, answers come out in order."""
-    args = nano_args('--eval_data', files['mixed'], '--max_prompt', '200', '--eval_batch', '2')
-    tokenizer = nano_tokenizer()
-    [problems] = train.test_sets(args, tokenizer).values()
-    sizes = []
-
-    def repeat(model, tokenizer, prompts, sampling, prefill):
-        sizes.append([len(prompt) for prompt in prompts])
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
-        return None, torch.ones(len(prompts), 5), None, texts
-    monkeypatch.setattr(train, 'complete', repeat)
-    items = train.answers(args, None, tokenizer, problems, 8, 'label')
-    lengths = [len(prompt) for _, prompt, _ in problems]
-    assert sum(sizes, []) == sorted(lengths) != lengths and max(map(len, sizes)) == 2
-    for (_, prompt, example), item in zip(problems, items, strict=True):
-        text = tokenizer.decode(prompt)
-        reward, correct = varied_grade(text, example)
-        assert item == dict(question=example['question'], generations=text, reward=reward,
-                            correct=correct, ground_truth=example['answer'], effective_tokens=5)
-
-
-def test_code_is_evaluated_on_human_eval_and_mbpp_apart(monkeypatch):
-    human = dict(prompt='def f(x):\n', entry_point='f', test='def check(f):\n    assert f(1) == 1')
-    mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='')
-    hub = {'openai/openai_humaneval': [human], 'google-research-datasets/mbpp': [mbpp, mbpp]}
-
-    def read_rows(source, config, split):
-        return hub[source] if split == 'test' else None
-    monkeypatch.setattr(rewards, 'read_rows', read_rows)
-    args, tokenizer = llada_args('--task', 'code', '--eval_lengths', '32'), nano_tokenizer()
-    sets = train.test_sets(args, tokenizer)
-    assert {name: len(sets[name]) for name in sets} == {'code-openai_humaneval': 1, 'code-mbpp': 2}
-    constant = train.constant_scores(args, tokenizer, sets)
-    accuracy = [constant[name]['32']['accuracy'] for name in sets]
-    assert accuracy == [1.0, 0.0], 'the constant answer returns x, which is right once'
-    assert all(f'{name}: accuracy' in train.table(args, dict(constant=constant)) for name in sets)
-
-
 # ---- settings ----
-
-def nano_args(*flags):
-    return train.parse(['--gen_length', '16', '--steps', '8', *flags])
-
-
-def llada_args(*flags):
-    return train.parse(['--model', 'x/y', *flags])
-
 
 @pytest.mark.parametrize('task, steps, mu, updates, temperature, eval_n', [
     ('gsm8k', 640, 12, 7680, 0.9, 0), ('math', 550, 12, 6600, 0.9, 0),
@@ -415,123 +778,139 @@ def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, ev
     assert args.max_prompt + args.sft_length == 4096
     assert (args.lora_rank, args.lora_alpha, args.dtype) == (128, 64, 'bfloat16')
     assert (args.beta, args.epsilon, args.p_mask_prompt) == (0.04, 0.5, 0.15)
-    assert (args.learning_rate, args.max_grad_norm, args.sft_learning_rate) == (3e-6, 0.2, 1e-5)
+    assert (args.learning_rate, args.sft_learning_rate) == (3e-6, 1e-5)
     assert (args.gen_length, args.steps, args.block_length) == (256, 128, 32)
-    assert (args.remasking, args.eval_lengths) == ('low_confidence', [128, 256, 512])
+    assert (args.norm, args.eval_lengths) == ('token', [128, 256, 512])
 
 
-def test_given_flags_come_before_presets():
+def test_given_flags_come_before_presets(out):
     assert llada_args('--task', 'sudoku', '--num_iterations', '2').num_iterations == 2
     assert llada_args('--task', 'gsm8k,sudoku').num_iterations == 12, 'a preset is of one task'
-    files = ['--data', 'a', '--eval_data', 'b']
-    assert train.parse(files).gen_length == 48, 'real text is longer'
-    assert train.parse([*files, '--gen_length', '16']).gen_length == 16
+    assert train.parse(['--model', str(out / 'whole/model')]).gen_length == 32, 'nano, trained'
     assert train.parse([]).device == 'cpu', 'also where there is a GPU'
-    assert train.parse([]).folder == os.path.join('out', 'nano-gsm8k-sft+grpo-seed0')
 
 
-# ---- problems ----
-
-@needs_shared
-def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew():
-    file = str(SHARED / 'data/sudoku_test.csv')
-    args = llada_args('--task', 'sudoku', '--eval_data', file)
-    [problems] = train.test_sets(args, nano_tokenizer()).values()
-    theirs = []
-    for part in (SHARED / 'data/llada_generations').glob('sudoku*'):
-        theirs += [item['question'] for item in json.loads(part.read_text())['generations']]
-    ours = [example['question'] for _, _, example in problems]
-
-    def grids(questions):
-        return sorted(re.search('[0-4]{16}', question)[0] for question in questions)
-    assert grids(ours) == grids(theirs)
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A Sudoku, eight word problems, and six of which four are long."""
-    def problem(question):
-        return dict(question=question, answer='#### 2')
-    contents = dict(
-        puzzle=[dict(Puzzle='4320004330100004', Solution='4321124334122134')],
-        numbers=[problem(str(i)) for i in range(8)],
-        mixed=[problem('1+1?' + 'x' * 99 * (i % 3 > 0)) for i in range(6)])
-    for name, rows in contents.items():
-        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    return {name: str(tmp_path / f'{name}.jsonl') for name in contents}
+def test_help_has_every_flag_in_its_group_and_its_default_once(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(['--help'])
+    text = capsys.readouterr().out
+    names = []
+    for heading, flags in train.FLAGS.items():
+        _, found, text = text.partition(f'\n{heading}:\n')
+        assert found
+        names += [name for name, *_ in flags]
+        group = '\n' + text.split('\n\n')[0]
+        for (name, nano, llada, *_), part in zip(flags, group.split('\n  --')[1:], strict=True):
+            assert re.match(rf'{name}\b', part)
+            shown = ' '.join(part.split())
+            if nano != llada:
+                assert shown.count(f'[nano {nano}, LLaDA {llada}]') == shown.count('[') == 1
+            elif nano:
+                assert shown.count(f'[{nano}]') == shown.count('[') == 1
+    assert len(set(names)) == len(names)
 
 
-def test_tasks_take_turns_and_each_may_have_its_own_file(files):
-    for data in (files['numbers'] + ',' + files['puzzle'], ',' + files['puzzle']):
-        args = nano_args('--task', 'gsm8k,sudoku', '--data', data, '--eval_data',
-                         files['numbers'] + ',' + files['puzzle'])
-        tests = train.test_sets(args, nano_tokenizer())
-        assert [len(tests[task]) for task in ('gsm8k', 'sudoku')] == [8, 1]
-        problems = train.Problems(args, nano_tokenizer())
-        drawn = [problems.draw(i) for i in range(16)]
-        assert [task for task, _, _ in drawn] == ['gsm8k', 'sudoku'] * 8
-        assert {example['answer'] for _, _, example in drawn[1::2]} == {'4321124334122134'}
-        questions = {example['question'] for _, _, example in drawn[::2]}
-        assert len(questions) == 8, 'another each time, of the file or built in'
-        assert (questions == set('01234567')) == (not data.startswith(','))
+# One bad input per kind of mistake, and what the line must name; F is a folder of files.
+BAD = [
+    ('--stage grpo', '--stage'),                                 # no abbreviations
+    ('--beta much', 'beta'),
+    ('--norm batch', 'norm'),
+    ('--task gsm9k', 'gsm9k'),
+    ('--task math,math', 'math'),
+    ('--gen_length 20', 'gen_length'),
+    ('--eval_lengths 12', 'eval_lengths'),
+    ('--eval_lengths half', 'eval_lengths'),
+    ('--num_generations 1', 'num_generations'),
+    ('--num_prompts 0', 'num_prompts'),
+    ('--lora_rank 4 --lora_targets q_projection', 'lora_targets'),
+    ('--max_prompt 500', 'max_prompt'),                          # more than the model takes
+    ('--max_prompt 5', 'max_prompt'),                            # no prompt is shorter
+    ('--device none', 'device'),
+    ('--resume', 'resume'),
+    ('--out F/good.jsonl', 'good.jsonl'),
+    ('--instructions F/nowhere.txt', 'nowhere.txt'),
+    ('--data F/nowhere.jsonl', 'nowhere.jsonl'),
+    ('--data F/cut.jsonl', 'cut.jsonl'),
+    ('--data F/good.jsonl,F/good.jsonl', '--data'),              # for one task
+    ('--data F/good.jsonl --eval_data F/good.jsonl', 'data'),    # no training problem is left
+    ('--eval_data F/column.jsonl', 'column.jsonl'),
+    ('--sft_data F/good.jsonl', 'good.jsonl'),
+    ('--device cpu --model nowhere/nothing', 'nowhere/nothing'),
+    ('--device cpu --model F', 'config.json'),
+    ('--adapter F/nowhere', 'nowhere'),
+    ('--adapter F/foreign', 'foreign'),                          # of another model
+    ('--name begun --resume', 'begun'),                          # its checkpoint is none
+]
 
 
-def test_each_epoch_of_a_file_has_an_order_of_its_own(files):
-    orders = []
-    for seed in ('0', '1'):
-        args = nano_args('--data', files['numbers'], '--eval_data', files['mixed'], '--seed', seed)
-        problems = train.Problems(args, nano_tokenizer())
-        order = [problems.draw(i)[2]['question'] for i in range(16)]
-        assert sorted(order[:8]) == sorted(order[8:]) == list('01234567')
-        orders += [order[:8], order[8:]]
-    assert all(orders.count(order) == 1 for order in orders)
+@pytest.fixture(scope='module')
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('files')
+    lines(folder / 'good.jsonl', problem('How many?'))
+    lines(folder / 'column.jsonl', dict(question='How many?'))
+    (folder / 'cut.jsonl').write_text('{"question": "How')
+    save_adapter(folder / 'foreign', add_lora(tiny(), 2, 2), '')
+    return folder
 
 
-def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(files, capsys):
-    args = nano_args('--data', files['mixed'], '--eval_data', files['mixed'], '--max_prompt', '64')
-    problems = train.Problems(args, nano_tokenizer())
-    drawn = [problems.draw(i) for i in range(20)]
-    assert {example['question'] for _, _, example in drawn} == {'1+1?'}
-    assert drawn == [train.Problems(args, nano_tokenizer()).draw(i) for i in range(20)]
-    [tests] = train.test_sets(args, nano_tokenizer()).values()
-    assert [example['question'] for _, _, example in tests] == ['1+1?'] * 2
-    assert '4 of 6 test prompts' in capsys.readouterr().out
-    args.max_prompt = 1
-    with pytest.raises(ValueError, match='--max_prompt 1: raise it'):
-        problems.draw(0)
+@pytest.mark.parametrize('flags, named', BAD)
+def test_a_bad_input_is_one_line_and_leaves_nothing(bad_files, tmp_path, monkeypatch, capsys,
+                                                    flags, named):
+    monkeypatch.chdir(tmp_path)                  # out/ would be here
+    if 'begun' in flags:
+        (tmp_path / 'out/begun').mkdir(parents=True)
+        (tmp_path / 'out/begun/checkpoint.pt').write_bytes(b'text')
+    before = sorted([*tmp_path.rglob('*'), *bad_files.rglob('*')])
+    with pytest.raises(SystemExit) as end:
+        train.run([*SMALL, *re.sub('(^|[ ,])F', rf'\1{bad_files}', flags).split()])
+    said = capsys.readouterr().err.splitlines()[-1:] if end.value.code == 2 else [end.value.code]
+    assert end.value.code and '\n' not in said[0] and named in said[0], said
+    if 'begun' not in flags:
+        assert sorted([*tmp_path.rglob('*'), *bad_files.rglob('*')]) == before
 
 
-# ---- another beginning: instructions, prefill ----
+# ---- --compile ----
 
-def test_prefill_is_prompt_that_is_never_masked_and_text_that_is_rewarded(out, monkeypatch):
-    seen, groups = [], []
-    grade_all, fixed_logps = rewards.grade_all, train.fixed_logps
+def test_compiled_blocks_give_the_same_numbers_and_nothing_runs_eagerly(out, monkeypatch):
+    original = torch.nn.Module.compile
 
-    def graded(task, texts, examples):
-        seen.extend(texts)
-        return grade_all(task, texts, examples)
-
-    def kept(model, reference, group, *rest):
-        groups.append(group)
-        return fixed_logps(model, reference, group, *rest)
-    monkeypatch.setattr(rewards, 'grade_all', graded)
-    monkeypatch.setattr(train, 'fixed_logps', kept)
-    folder = run(out, 'prefilled', '--stages', 'grpo', '--prefill', '<reasoning>',
-                 '--p_mask_prompt', '0.9')
-    prefill = nano_tokenizer()('<reasoning>')['input_ids']
-    texts = [text for text in seen if not text.startswith('<answer>\n12')]      # a constant answer
-    assert texts and all(text.startswith('<reasoning>') for text in texts)
-    for group in groups:
-        assert group.prompt_ids[0, -len(prefill):].tolist() == prefill
-        for mask in group.prompt_masks:
-            assert not mask[:, -len(prefill):].any() and mask.any()
-    assert rows(folder / 'samples.jsonl')[0]['completion'].startswith('<reasoning>')
+    def cheap(block, **keys):                    # no C compiler is needed
+        original(block, backend='eager', **keys)
+    monkeypatch.setattr(torch.nn.Module, 'compile', cheap)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run(out, 'compiled', '--compile')
+    frames = torch._dynamo.utils.counters['frames']
+    assert 0 < frames['total'] == frames['ok'] < torch._dynamo.config.recompile_limit
+    assert results(compiled) == results(out / 'whole')
+    for ours, theirs in zip(rows(compiled / 'log.jsonl'), rows(out / 'whole/log.jsonl')):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_instructions_of_a_file_replace_those_of_every_task(tmp_path):
-    (tmp_path / 'i.txt').write_text('Answer in tags.\n')
-    args = llada_args('--instructions', str(tmp_path / 'i.txt'))
-    tokenizer = nano_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    ids = train.encode(args, tokenizer, 'gsm8k', dict(question='1+1?'))
-    assert tokenizer.decode(ids) == 'Answer in tags.\n\n1+1?'
+# ---- python sample.py ----
+
+def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
+        tmp_path, monkeypatch, capsys):
+    lengths, generate = [], sample.generate
+
+    def spied(model, prompt_ids, gen_length, block_length, steps, *rest, **keys):
+        lengths.append((gen_length, block_length, steps))
+        return generate(model, prompt_ids, gen_length, block_length, steps, *rest, **keys)
+    monkeypatch.setattr(sample, 'generate', spied)
+
+    def shown(*flags):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', *flags])
+        sample.main()
+        return capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)                  # without out/
+    example = rewards.load_examples('gsm8k', 'nano', 'test')[0]
+    text = shown()
+    assert text.startswith('nano: ') and example['question'] in text
+    base = published(tmp_path / 'base', 'llada')
+    _, tokenizer = load(base)
+    prompt = tokenizer.decode(chat(tokenizer, 'How many?'))
+    assert shown('--model', base, '--prompt', 'How many?').startswith(f'{base}: {prompt}\n')
+    assert lengths == [(32, 8, 16), (256, 32, 128)]
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
+    assert end.value.code is None
