@@ -114,11 +114,10 @@ def stray_answer(text):
 DIGITS = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)'         # 1200 or 1,200; ASCII only
 NUMBER = re.compile(rf'-?(?:{DIGITS}(?:\.[0-9]*)?|\.[0-9]+)')
 NOISE = r'\left \right \displaystyle \quad \! \, \; \: \( \) \[ \] \$ $ \% % ^{\circ} ^\circ °'
-SPELLINGS = dict.fromkeys(NOISE.split(), '') | {
-    '\\\\': '\\',    # a new row, before the signs that begin with its second backslash
-    '\\ ': ' ', '~': ' ', '{,}': ',', '−': '-', '\\dfrac': '\\frac', '\\tfrac': '\\frac',
-    '\\mbox': '\\text', '\\textbf': '\\text', '\\mathbf': '\\text', '\\mathrm': '\\text',
-    '\\times': '*', '\\cdot': '*', '\\div': '/', '×': '*', '÷': '/'}
+SYNONYMS = r'''{,} ,  − -  \dfrac \frac  \tfrac \frac  \mbox \text  \textbf \text  \mathbf \text
+    \mathrm \text  \times *  \cdot *  \div /  × *  ÷ /'''.split()
+SPELLINGS = {'\\\\': '\\', '\\ ': ' ', '~': ' '}     # a new row, whose second \ begins no sign
+SPELLINGS |= dict.fromkeys(NOISE.split(), '') | dict(zip(SYNONYMS[::2], SYNONYMS[1::2]))
 SPELLED = re.compile('|'.join(map(re.escape, SPELLINGS)))
 
 
@@ -444,10 +443,9 @@ def code_of(completion, name=None):
     Without fences the tags hold the program.
     """
     text = visible(completion)
-    inside = between_tags(text) or ''
-    if not inside.strip() and '<answer>' in text:
-        inside = text.rpartition('<answer>')[2]      # cut off
-    defines = re.compile(rf'^\s*(?:(?:async )?def +{name or ""}\b|{name or "def"} *=)', re.M)
+    _, opened, cut = text.rpartition('<answer>')
+    inside = between_tags(text) or (cut if opened else '')
+    defines = re.compile(rf'^[ \t]*(?:(?:async )?def +{name or ""}\b|{name or "def"} *=)', re.M)
     programs = [*blocks_of(text), textwrap.dedent(inside), *blocks_of(inside)]
     for program in reversed(programs):
         if defines.search(program):

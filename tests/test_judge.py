@@ -233,8 +233,7 @@ def forged(line):
 
 @pytest.mark.parametrize('error, raised', [
     ('ValueError', 'ValueError'), ('SystemExit', 'SystemExit'), ('exit', 'RuntimeError'),
-    ('UnicodeDecodeError', 'UnicodeDecodeError'), ('exec', 'TypeError'), ('open', 'TypeError'),
-    ('__import__', 'TypeError'), ('type', 'TypeError'), (5, 'TypeError'), (None, 'TypeError')])
+    ('UnicodeDecodeError', 'UnicodeDecodeError'), ('exec', 'TypeError'), (5, 'TypeError')])
 def test_the_name_of_an_exception_makes_an_exception_and_runs_nothing(error, raised):
     value = 'import os\nfor fd in range(9): os.write(fd, b"111")\nos._exit(0)'
     code = forged(json.dumps([error, value]).encode() + b'\n')
@@ -243,9 +242,8 @@ def test_the_name_of_an_exception_makes_an_exception_and_runs_nothing(error, rai
 
 
 @pytest.mark.parametrize('line', [
-    b'["", {"tuple": 2}]', b'["", {"eval": "1"}]', b'["", {}]', b'["", {"dict": [[[], 1]]}]',
-    b'["", {"set": [], "tuple": []}]', b'["", 2]', b'["", 2, 3, 4]', b'["", 2, {"tuple": []}]',
-    b'[""]', b'{}', b'["", 2', b'', b'[' * 20_000, b'["", "\xff"]', b'["", 2 #' + b' ' * 9],
+    b'["", {"tuple": 2}]', b'["", {"eval": "1"}]', b'["", {"set": [], "tuple": []}]', b'["", 2]',
+    b'["", 2, 3, 4]', b'{}', b'', b'[' * 20_000, b'["", "\xff"]', b'["", 2 #' + b' ' * 9],
     ids=lambda line: repr(line[:30]))
 def test_a_line_that_breaks_the_protocol_voids_every_test(line):
     code = forged(line + b'\n').replace('#', "' + b' ' * (1 << 24) + b'")    # without an end
@@ -289,10 +287,9 @@ def test_exceptions_cross_by_their_builtin_type():
 
 
 @pytest.mark.parametrize('change, before, after', [
-    ('x.append(1)', '[]', '[1]'), ('x.clear()', '[1, 2]', '[]'), ('x.sort()', '[2, 1]', '[1, 2]'),
-    ('x[1].append(0)', '[1, [2]]', '[1, [2, 0]]'), ('x["b"] = 2', '{"a": 1}', '{"a": 1, "b": 2}'),
-    ('x["a"].pop()', '{"a": [1]}', '{"a": []}'), ('x.add(2)', '{1}', '{1, 2}'),
-    ('x[0].append(1)', '([],)', '([1],)'), ('x.pop("a")', '{"a": 1}', '{}'),
+    ('x.append(1)', '[]', '[1]'), ('x.clear()', '[1, 2]', '[]'), ('x.add(2)', '{1}', '{1, 2}'),
+    ('x["b"] = x["a"].pop()', '{"a": [1]}', '{"a": [], "b": 1}'),
+    ('x[0].append(1)', '([],)', '([1],)'),
     ('del x[0], x[0]["k"]', '[0, {"k": 1}, [2]]', '[{}, [2]]'), ('x = [3]', '[1]', '[1]')])
 def test_what_a_function_does_to_its_arguments_is_done_in_the_tests(change, before, after):
     code = f'def f(x):\n    {change}\n    return 7'
