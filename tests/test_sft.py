@@ -1,6 +1,7 @@
 """What sft.py and train.train_sft claim: LLaDA's objective, noise, batches, and s1K's rows."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ def test_s1k_is_the_hub_s_or_the_nano_world_s(monkeypatch):
         return sources
     monkeypatch.setattr(rewards, 'load_rows', sources_only)
     assert sft.load_s1k('hub') == [('simplescaling/s1K', None, 'train')]
-    assert sft.load_s1k('nano') == [(str(rewards.NANO / 'sft.jsonl'),)]
+    [[nano]] = sft.load_s1k('nano')
+    assert Path(nano).resolve() == Path(sft.__file__).resolve().parent / 'assets/nano/sft.jsonl'
 
 
 class Words:
