@@ -266,7 +266,7 @@ class LLaDA(nn.Module):
                 continue
             layer = self.get_submodule(name.removesuffix('.weight'))
             for adapter in getattr(layer, 'adapters', []):
-                tensor = tensor.float() + adapter.scale * adapter.B @ adapter.A
+                tensor = tensor + adapter.scale * adapter.B @ adapter.A      # float32, as B A is
             weights[file_name(self.config, name)] = tensor.to('cpu', dtype)
         with explained(f'{folder} cannot be written', OSError):
             save_torch_state_dict(weights, folder)
