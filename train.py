@@ -594,16 +594,16 @@ def load_checkpoint(args, stage, steps, model, optimizer):
     path = Path(args.folder, 'checkpoint.pt')
     start = 0
     if path.exists():
-        try:
-            checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        except Exception as e:                   # a foreign file raises whatever it likes
-            raise ValueError(f'{path} is no checkpoint ({type(e).__name__}): remove it, and '
-                             '--resume begins the training again') from None
+        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
         if args.stages.index(checkpoint['stage']) > args.stages.index(stage):
             return steps
         if checkpoint['stage'] == stage:
             start = checkpoint['step']
-            put_weights(args, model, checkpoint['weights'])
+            try:
+                for name, p in trained_weights(args, model).items():
+                    p.copy_(checkpoint['weights'][name])
+            except (KeyError, RuntimeError):
+                raise ValueError(f'{path} is of another model: leave out --resume') from None
             optimizer.load_state_dict(checkpoint['optimizer'])
             print0(f'going on with {stage} at step {start}')
     for name in ('log.jsonl', 'samples.jsonl'):
@@ -617,15 +617,6 @@ def trained_weights(args, model):
     """{name: tensor} of what any stage has trained: all adapters, or without LoRA all weights."""
     return {name: p.detach() for name, p in model.named_parameters()
             if '.adapters.' in name or not args.lora_rank}
-
-
-def put_weights(args, model, weights):
-    own = trained_weights(args, model)
-    shapes = {name: p.shape for name, p in own.items()}
-    if shapes != {name: p.shape for name, p in weights.items()}:
-        raise ValueError(f'{args.folder} holds a checkpoint of another model: --name begins a run')
-    for name in own:
-        own[name].copy_(weights[name])
 
 
 def keep_adapter(args, model, name):
@@ -699,7 +690,7 @@ def check(args):
         for length in args.eval_lengths:
             check_lengths(length, args.block_length, length // 2)
     except ValueError as e:
-        raise ValueError(f'--eval_lengths: {e}; give lengths such as 128,256') from None
+        raise ValueError(f'--eval_lengths: {e}') from None
     args.lora_targets = args.lora_targets.split(',')
     if not set(args.lora_targets) <= set(LORA_LAYERS):
         raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}')
@@ -741,17 +732,16 @@ def run_folder(args):
     kind = '+'.join(args.stages) or 'eval'
     name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
     folder, last, number = Path(args.out, name), None, 1
-    while folder.exists():
+    while Path(folder, 'config.json').exists():
         last, number = folder, number + 1
         folder = Path(args.out, f'{name}-{number}')
     if not args.resume:
         return str(folder)
     if not last:
         raise ValueError(f'{folder} holds no run to go on with: leave out --resume')
-    before = read_json(last, 'config.json') if Path(last, 'config.json').exists() else {}
-    for flag, value in vars(args).items():
-        if flag != 'resume' and before.get(flag, value) != value:
-            print0(f'note: {last} was begun with --{flag} {before[flag]}, now it is {value}')
+    for flag, before in read_json(last, 'config.json').items():
+        if flag not in ('resume', 'folder') and before != vars(args).get(flag, before):
+            print0(f'note: {last} was begun with --{flag} {before}')
     return str(last)
 
 
