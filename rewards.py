@@ -4,8 +4,8 @@ Rewards are those of d1 (arXiv 2504.12216, section 4 and appendix). An example i
 'question', 'answer' (the ground truth) and 'key' (equal for equal problems). A completion is
 whatever the model wrote: no function here raises on it or hangs, and no program in it runs in this
 process. Of words and LaTeX the verdict (correct) reads more than the reward pays for, as the
-official evaluation does: an <answer> or a box that the end cut off, what follows an empty
-<answer></answer>, a box outside of the tags.
+official evaluation does: an <answer> that the end cut off, what follows an empty
+<answer></answer>, a box outside of the tags, in Sudoku sixteen digits anywhere.
 """
 import ast
 import builtins
@@ -74,12 +74,14 @@ def between_tags(text):
 INSIDE = '[^{}]*'             # braces balanced, six deep
 for _ in range(6):
     INSIDE = rf'(?:[^{{}}]|\{{{INSIDE}\}})*'
-BOX = re.compile(rf'\\boxed *(?:\{{({INSIDE})\}}|(?<= )([^\n${{}}]{{1,99}}(?=\$)|[^\s${{}}]+))')
+BARE = r'[^\n${}]{1,99}(?=\$)|[^\s${}]+'                        # of $\boxed 1/2$
+UNCLOSED = r'(?:(?!\\boxed)[^\n]){1,200}(?=\})'                # of \boxed{360\text{ hours} hours
+BOX = re.compile(rf'\\boxed *(?:\{{({INSIDE})\}}|(?<= )({BARE})|\{{({UNCLOSED}))')
 
 
 def last_box(text):
     r"""What the last \boxed{}, or \boxed 5, holds; None if none holds anything."""
-    held = [(braced or bare).strip() for braced, bare in BOX.findall(text)]
+    held = [''.join(kinds).strip() for kinds in BOX.findall(text)]
     return next((box for box in reversed(held) if box), None)
 
 
@@ -95,29 +97,27 @@ def final_answer(text):
     return answer if len(answer) <= MAX_ANSWER else ''
 
 
-def other_answers(text):
-    """Where else the official evaluation finds an answer, the likeliest first; [] if nowhere."""
-    _, boxed, held = text.rpartition('\\boxed{')
-    unclosed = held.partition('\n')[0].rpartition('}')[0] if boxed else ''
-    rest = text.rpartition('</answer>')[2]           # after the tags, all of it without them
+def stray_answer(text):
+    """The first with a digit of: final answer, last box, what the end cut off or follows the tags.
+
+    So does the official evaluation look for it; '' if there is none.
+    """
+    rest = text.rpartition('</answer>')[2]           # after the tags, or all of it
     _, opened, cut = rest.rpartition('<answer>')
     after = cut if opened or rest != text else ''
-    places = [last_box(text) or '', unclosed, re.sub(r'</?[a-z]*\Z', '', after).strip()]
-    return [place for place in places if 0 < len(place) <= MAX_ANSWER]
-
-
-def first_with_digits(answers):
-    return next((answer for answer in answers if re.search('[0-9]', answer)), '')
+    for place in final_answer(text), last_box(text) or '', re.sub(r'</?[a-z]*\Z', '', after):
+        if len(place) <= MAX_ANSWER and re.search('[0-9]', place):
+            return place.strip()
+    return ''
 
 
 DIGITS = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)'         # 1200 or 1,200; ASCII only
 NUMBER = re.compile(rf'-?(?:{DIGITS}(?:\.[0-9]*)?|\.[0-9]+)')
 NOISE = r'\left \right \displaystyle \quad \! \, \; \: \( \) \[ \] \$ $ \% % ^{\circ} ^\circ °'
-SPELLINGS = dict.fromkeys(NOISE.split(), '') | {
-    '\\\\': '\\',    # a new row, before the signs that begin with its second backslash
-    '\\ ': ' ', '~': ' ', '{,}': ',', '−': '-', '\\dfrac': '\\frac', '\\tfrac': '\\frac',
-    '\\mbox': '\\text', '\\textbf': '\\text', '\\mathbf': '\\text', '\\mathrm': '\\text',
-    '\\times': '*', '\\cdot': '*', '\\div': '/', '×': '*', '÷': '/'}
+SYNONYMS = r'''{,} ,  − -  \dfrac \frac  \tfrac \frac  \mbox \text  \textbf \text  \mathbf \text
+    \mathrm \text  \times *  \cdot *  \div /  × *  ÷ /'''.split()
+SPELLINGS = {'\\\\': '\\', '\\ ': ' ', '~': ' '}     # a new row, whose second \ begins no sign
+SPELLINGS |= dict.fromkeys(NOISE.split(), '') | dict(zip(SYNONYMS[::2], SYNONYMS[1::2]))
 SPELLED = re.compile('|'.join(map(re.escape, SPELLINGS)))
 
 
@@ -184,7 +184,7 @@ def grade_gsm8k(completion, example):
     found = number(final_answer(text), 0 if boxed_answer(text) else -1)
     paid = found is not None and found == example['answer']      # two official truths are None
     if found is None:
-        found = number(first_with_digits(other_answers(text)))
+        found = number(stray_answer(text))
     correct = found is not None and found == example['answer']
     form = tag_count(text) + soft_format(text) + strict_format(text)
     return form + integer_answer(text) + 2.0 * paid, correct
@@ -257,11 +257,9 @@ def countdown_row(row):
     """Countdown: nums, target (hub) or input '30,100,93', output '23' (d1's); three numbers."""
     first, second = ('input', 'output') if 'input' in row else ('nums', 'target')
     text = f'{column(row, first, object)} to {column(row, second, object)}'
-    if not re.fullmatch(r'\[?[0-9]+(, ?[0-9]+)*\]? to [0-9]+', text):
-        raise ValueError(f'{text[:60]!r} is no list of whole numbers and a target')
+    if not re.fullmatch(r'\[?([0-9]+, ?){2}[0-9]+\]? to [0-9]+', text):
+        raise ValueError(f'{text[:60]!r} is not three whole numbers and a target')
     *numbers, target = map(int, re.findall('[0-9]+', text))
-    if len(numbers) != 3:
-        raise ValueError(f'{len(numbers)} numbers; the paper trains and tests on three')
     return dict(question=f'Numbers: {numbers}\nTarget: {target}', answer=[numbers, target],
                 key=f'{sorted(numbers)} {target}')
 
@@ -304,8 +302,8 @@ def grade_countdown(completion, example):
     if value is not None:
         correct = value == target
         return 1.0 if correct else 0.1, correct
-    places = [answer, *other_answers(text), '' if answer else text]
-    for part in plain_latex(' = '.join(places)).split('='):
+    place = stray_answer(text) or text
+    for part in plain_latex(place).split('='):
         ending = ENDING.search(part[-200:])[0]       # without the words in front of it
         value = equation_value(ending, numbers)
         if value is not None:
@@ -350,9 +348,8 @@ def grade_sudoku(completion, example):
         digits = re.findall('[0-9]', grid) + 16 * ['0']
         right = [digits[i] == example['answer'][i] for i in range(16) if puzzle[i] == '0']
         return sum(right) / len(right)
-    answer = final_answer(text)
-    grids = re.findall('[0-9]{16,}', text)
-    return share(answer), share(first_with_digits([answer, *other_answers(text), *grids[-1:]]))
+    grids = re.findall('[0-9]{16,}', text) or ['']
+    return share(final_answer(text)), share(stray_answer(text) or grids[-1])
 
 
 def sudoku_rule(example):
@@ -401,10 +398,10 @@ def code_row(row):
         names = tested_names(tests[0], solution)
         # its tests may rely on what the solution imports
         setup = '\n'.join(re.findall(r'^(?:import .+|from .+ import [^(\n]+)', solution, re.M))
-        it = 'them' if names[1:] else 'it'
+        it = 'it' if len(names) == 1 else 'them'
         question = f"{column(row, 'question')}\nName {it} {' and '.join(names)}."
-        if 'def test' not in tests[0] or 'pytest.fixture' in tests[0]:
-            raise ValueError('its tests are no plain functions test_...')
+        if 'pytest.fixture' in tests[0]:
+            raise ValueError('its tests need fixtures of pytest')
     sources = '\n'.join([setup, *tests])
     missing = [name for name in IMPORT.findall(sources) if not find_spec(name)]
     if missing:
@@ -423,11 +420,11 @@ def tested_names(tests, solution):
                 imported |= {alias.asname or alias.name: alias.name for alias in node.names}
             case ast.Call(ast.Name(name)) | ast.Call(ast.Attribute(ast.Name('solution'), name)):
                 called.append(imported.get(name, name))
-    defined = re.findall(r'^(?:async )?(?:def|class) (\w+)', solution, re.M)
-    wanted = set(defined or imported.values()) - {'*'} or set(called) - own
+    defined = re.findall(r'^(?:async )?def (\w+)', solution, re.M)
+    wanted = set(defined if solution else imported.values()) - {'*'} or set(called) - own
     names = [name for name in dict.fromkeys(called) if name in wanted]
-    if not names or re.search(rf"^class ({'|'.join(names)})\b", solution, re.M):
-        raise ValueError(f'its tests need more than functions of plain data ({names})')
+    if not names:
+        raise ValueError('its tests call no function, or a class: only plain data can be tested')
     return names
 
 
@@ -446,10 +443,9 @@ def code_of(completion, name=None):
     Without fences the tags hold the program.
     """
     text = visible(completion)
-    inside = between_tags(text) or ''
-    if not inside.strip() and '<answer>' in text:
-        inside = text.rpartition('<answer>')[2]      # cut off
-    defines = re.compile(rf'^\s*(?:(?:async )?def +{name or ""}\b|{name or "def"} *=)', re.M)
+    _, opened, cut = text.rpartition('<answer>')
+    inside = between_tags(text) or (cut if opened else '')
+    defines = re.compile(rf'^[ \t]*(?:(?:async )?def +{name or ""}\b|{name or "def"} *=)', re.M)
     programs = [*blocks_of(text), textwrap.dedent(inside), *blocks_of(inside)]
     for program in reversed(programs):
         if defines.search(program):
@@ -471,7 +467,6 @@ CODE = Task(f'Write this Python function. {FORM}the whole function with the impo
               ('google-research-datasets/mbpp', None, 'test')]), 'def f(x): return x')
 
 
-MAX_CODE = 100_000           # characters; a longer completion scores 0 unread
 JUDGE = str(FOLDER / 'assets/judge.py')      # it says what protects from the program, and what not
 
 
@@ -484,7 +479,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     exits or breaks the protocol gets 0; one that runs out of time keeps the tests it had passed.
     Only functions of plain data can be tested.
     """
-    if not tests or not code.strip() or len(code) > MAX_CODE:
+    if not tests or not code.strip():
         return 0.0
     # the second line, the tests, is read only after the program's process has been forked off
     lines = [setup, code, timeout], [setup, tests, entry_point, sys.path]

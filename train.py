@@ -248,13 +248,12 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     """A line per iteration, on the screen and in log.jsonl; a completion in samples.jsonl."""
     rows = []
     for group in groups:
-        flat = not group.advantages.any()        # equal rewards: no gradient but the KL term's
-        lengths = group.completion_mask.sum(1).float()
-        rows.append(dict(reward=group.rewards.mean().item(), flat_groups=float(flat),
-                         length=lengths.mean().item()))
+        rows.append(dict(reward=group.rewards.mean().item(),
+                         flat_groups=float(not group.advantages.any()),      # equal rewards
+                         length=group.completion_mask.sum(1).float().mean().item()))
     line = dict(stage='grpo', step=step) | means(gather(rows)) | means(gather(stats))
-    if stats:
-        line['first_ratio'] = stats[0]['ratio'] if 'ratio' in stats[0] else 1.0
+    if stats and 'ratio' in stats[0]:            # 1, for nothing had been updated
+        line['first_ratio'] = stats[0]['ratio']
     line['grad_norm'] = mean(grad_norms)
     line['bad_updates'] = sum(not math.isfinite(norm) for norm in grad_norms)
     line.update(rollout_seconds=rollout_seconds, seconds=seconds)
@@ -264,14 +263,13 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     print0(f'grpo {step + 1}/{args.grpo_steps}: ' + ', '.join(shown))
 
     group = groups[0]                            # prompt 0 of the iteration is process 0's
-    question, text = group.example['question'], group.texts[0]
-    reward = group.rewards[0].item()
-    tokens = group.completion_mask[0].sum().item()
-    append(args, 'samples.jsonl', dict(stage='grpo', step=step, task=group.task, question=question,
-                                       completion=text, answer=group.example['answer'],
-                                       reward=reward, effective_tokens=tokens))
+    sample = dict(stage='grpo', step=step, task=group.task, question=group.example['question'],
+                  completion=group.texts[0], answer=group.example['answer'],
+                  reward=group.rewards[0].item(),
+                  effective_tokens=group.completion_mask[0].sum().item())
+    append(args, 'samples.jsonl', sample)
     if step % 10 == 0:
-        print0(f'  {question!r}\n  {text!r} -> reward {reward:.3f}')
+        print0('  {question!r}\n  {completion!r} -> reward {reward:.3f}'.format(**sample))
 
 
 def mean(values):
@@ -439,8 +437,8 @@ def scores_without_a_model(args, tokenizer, test_sets):
             answers['rule'] = [rule(example) for example in examples]
         for row, replies in answers.items():
             texts = [rewards.tagged('', reply) for reply in replies]
-            tokens = [len(tokenizer(text, add_special_tokens=False)['input_ids']) + 1    # the end
-                      for text in texts]
+            ids = tokenizer(texts, add_special_tokens=False)['input_ids']
+            tokens = [len(text_ids) + 1 for text_ids in ids]     # and the end
             score = rewards.summary(graded_items(task, texts, examples, tokens))
             results[row][name] = {str(length): score for length in args.eval_lengths}
     return results

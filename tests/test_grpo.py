@@ -20,8 +20,6 @@ from model import LLaDA, add_lora
 from sample import generate, torch_stream
 from tiny import EOS, GOLDEN, MASK, bias, tiny, tokens
 
-NORMS = ['token', 'sequence']
-
 
 # ---- the official numbers ----
 
@@ -56,21 +54,17 @@ def test_group_advantages_by_hand():
     assert group_advantages(given, 3).tolist() == [2.0, -1.0, -1.0, 0.0, 0.0, 0.0]
     assert group_advantages(given, 2).tolist() == [1.5, -1.5, -0.5, 0.5, 0.0, 0.0]
     assert given.tolist() == [3.0, 0.0, 0.0, 1.0, 1.0, 1.0], 'a reward never becomes an advantage'
+    found = group_advantages(torch.tensor([0.0, 2.0, 0.0, 2e-4]), 2, divide_by_std=True)
+    torch.testing.assert_close(found[:2], torch.tensor([-1, 1]) / 2 ** 0.5, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[2:], torch.tensor([-1, 1]) / (2 ** 0.5 + 1))    # std + 1e-4
 
 
-def test_advantages_may_be_divided_by_the_std_of_their_group():
-    found = group_advantages(torch.tensor([0.0, 2.0, 1.0, 1.0]), 2, divide_by_std=True)
-    torch.testing.assert_close(found, torch.tensor([-1, 1, 0, 0]) / 2 ** 0.5, atol=1e-3, rtol=0)
-    found = group_advantages(torch.tensor([0.0, 2e-4]), 2, divide_by_std=True)
-    torch.testing.assert_close(found, torch.tensor([-1, 1]) / (2 ** 0.5 + 1))    # std + 1e-4
-
-
-@pytest.mark.parametrize('row, length', [([5, 6, 7, 8], 4), ([0, 6, 7, 8], 1), ([5, 0, 7, 0], 2),
-                                         ([5, 6, 7, 0], 4), ([9, 0, 0, 0], 1), ([5, 0, 9, 9], 2)])
-def test_a_completion_goes_up_to_its_first_end(row, length):
-    mask = up_to_end(torch.tensor([[5, 5, 5, 5], row]), (0, 9))
+def test_a_completion_goes_up_to_its_first_end():
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0], [5, 0, 7, 0], [5, 0, 9, 9], [9, 0, 0, 0]])
+    mask = up_to_end(ids, (0, 9))
     assert mask.dtype == torch.bool
-    assert mask.tolist() == [[True] * 4, [True] * length + [False] * (4 - length)]
+    assert mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0],
+                                   [1, 0, 0, 0]]
 
 
 # ---- the loss ----
@@ -85,21 +79,22 @@ def a_group():
 
 def test_loss_by_hand_on_ragged_masks():
     logps, old_logps, ref_logps, advantages, mask = a_group()
-    rows = []
-    for i, A in enumerate(advantages.tolist()):
-        row = []
-        for k in range(int(mask[i].sum())):
+    rows, kls = [], []
+    for i, length in enumerate((5, 2, 1)):
+        A, row = advantages[i].item(), []
+        for k in range(length):
             new, old, ref = logps[i, k].item(), old_logps[i, k].item(), ref_logps[i, k].item()
             ratio = math.exp(new - old)
             objective = min(ratio * A, max(0.7, min(1.3, ratio)) * A)
-            kl = math.exp(ref - new) - (ref - new) - 1
-            row.append(0.1 * kl - objective)
+            kls.append(math.exp(ref - new) - (ref - new) - 1)                # k3
+            row.append(0.1 * kls[-1] - objective)
         rows.append(row)
-    assert [len(row) for row in rows] == [5, 2, 1]
-    token, sequence = (grpo_loss(logps, old_logps, ref_logps, advantages, mask, 0.3, 0.1, norm)[0]
-                       for norm in NORMS)
+    arguments = logps, old_logps, ref_logps, advantages, mask, 0.3, 0.1
+    token, stats = grpo_loss(*arguments, 'token')
+    sequence, _ = grpo_loss(*arguments, 'sequence')
     assert token.item() == pytest.approx(sum(map(sum, rows)) / 8, rel=1e-5)
     assert sequence.item() == pytest.approx(sum(sum(row) / len(row) for row in rows) / 3, rel=1e-5)
+    assert stats['kl'] == pytest.approx(sum(kls) / 8, rel=1e-5)
 
 
 # advantage, ratio, is the gradient cut? (epsilon 0.5)
@@ -122,27 +117,17 @@ def test_loss_clips_both_signs_and_counts_what_it_cuts(advantage, ratio, cut):
                          clip_low=cut and advantage < 0)
 
 
-def test_kl_is_k3():
-    logps, old_logps, _, advantages, mask = a_group()
-    for gap in (-8.0, -1.0, 0.0, 1.0, 8.0):
-        stats = grpo_loss(logps, old_logps, logps.detach() + gap, advantages, mask)[1]
-        assert stats['kl'] == pytest.approx(math.exp(gap) - gap - 1, rel=1e-5, abs=1e-12)
-
-
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', ['token', 'sequence'])
 def test_nothing_after_the_end_counts_not_even_nan(norm):
-    logps, old_logps, ref_logps, advantages, mask = a_group()
-    loss, stats = grpo_loss(logps, old_logps, ref_logps, advantages, mask, norm=norm)
-    loss.backward()
-    gradient = logps.grad.clone()
-    assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any()
-    logps.grad = None
-    old_logps = old_logps.where(mask, torch.nan)
-    ref_logps = ref_logps.where(mask, torch.nan)
-    again = grpo_loss(logps, old_logps, ref_logps, advantages, mask, norm=norm)
-    again[0].backward()
-    assert again[0].item() == loss.item() and again[1] == stats
-    assert torch.equal(logps.grad, gradient)
+    found = []
+    for filler in (-1.0, math.nan):
+        logps, old_logps, ref_logps, advantages, mask = a_group()
+        loss, stats = grpo_loss(logps, old_logps.where(mask, filler), ref_logps.where(mask, filler),
+                                advantages, mask, norm=norm)
+        loss.backward()
+        found.append((loss.item(), stats, logps.grad.tolist()))
+        assert (logps.grad[~mask] == 0).all() and (logps.grad[mask] != 0).any()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize('old, advantage', [(-200.0, 1.0), (-200.0, 0.0), (200.0, -1.0)])
@@ -158,12 +143,7 @@ def test_a_ratio_beyond_float32_leaves_the_gradient_finite(old, advantage):
 
 
 def test_the_defaults_are_d1s():
-    arguments = a_group()
-    expected = grpo_loss(*arguments, epsilon=0.5, beta=0.04, norm='token')
-    found = grpo_loss(*arguments)
-    assert found[0].item() == expected[0].item() and found[1] == expected[1]
-    for other in (dict(epsilon=0.3), dict(beta=0.08), dict(norm='sequence')):
-        assert grpo_loss(*arguments, **other)[0].item() != expected[0].item(), other
+    assert grpo_loss.__defaults__ == (0.5, 0.04, 'token')        # epsilon, beta, norm
 
 
 # ---- a rollout, and what an update needs of the policies that do not change ----
@@ -201,13 +181,10 @@ PROBLEMS = [(0, 'gsm8k', [5, 6, 7], dict(bonus=1)), (3, 'math', [8] * 6, dict(bo
 def test_groups_are_the_same_in_one_call_and_one_by_one(monkeypatch):
     model = bias(tiny(), {EOS: 1.0})
 
-    def length(text, example):
-        return len(text) + example['bonus']
-
-    def lacking_m(text, example):
-        return -text.count('m') - example['bonus']
-    put_reward(monkeypatch, length)
-    put_reward(monkeypatch, lacking_m, 'math')
+    def with_bonus(text, example):
+        return varied(text, example) + example['bonus']
+    for task in ('gsm8k', 'math'):
+        put_reward(monkeypatch, with_bonus, task)
     groups = groups_of(model, PROBLEMS)
     for problem, group in zip(PROBLEMS, groups, strict=True):
         [alone] = groups_of(model, [problem])
@@ -226,15 +203,6 @@ def test_groups_are_the_same_in_one_call_and_one_by_one(monkeypatch):
         assert group.commit_steps[:, :4].sort(dim=1).values.tolist() == [[0, 0, 1, 1]] * 4
     ended = torch.cat([~group.completion_mask[:, -1] for group in groups])
     assert ended.any() and not ended.all()
-
-
-def test_the_prefill_is_rewarded_too_and_advantages_may_be_divided(monkeypatch):
-    put_reward(monkeypatch, varied)
-    [group] = groups_of(bias(tiny(), {EOS: 1.0}), PROBLEMS[:1], prefill='ab', divide_by_std=True)
-    assert all(text.startswith('ab') for text in group.texts)
-    assert group.rewards.tolist() == [varied(text, None) for text in group.texts]
-    assert torch.equal(group.advantages, group_advantages(group.rewards, 4, divide_by_std=True))
-    assert not torch.equal(group.advantages, group_advantages(group.rewards, 4))
 
 
 def test_every_row_has_a_stream_of_seed_step_prompt_and_row(monkeypatch):
@@ -304,18 +272,6 @@ def test_espo_has_one_ratio_per_sequence_of_its_mean_log_probs():
     loss, stats = espo_loss(logps, old_logps, None, A, mask, 0.2, 0.0)
     torch.testing.assert_close(loss, expected)
     assert 'kl' not in stats
-
-
-def test_stable_drl_bounds_a_ratio_that_grpo_lets_through():
-    """A token of negative advantage whose ratio is 1000 because of noise."""
-    logps = torch.tensor([[0.0, 0.0]], requires_grad=True)
-    everything = torch.ones(1, 2).bool()
-    arguments = logps, torch.tensor([[-6.9, 0.0]]), None, torch.tensor([-1.0]), everything
-    gradients = []
-    for loss in (grpo_loss, stable_loss):
-        value, _ = loss(*arguments, epsilon=0.2, beta=0.0)
-        gradients.append(torch.autograd.grad(value, logps)[0])
-    assert gradients[0][0, 0] > 100 and gradients[1].abs().max() < 1
 
 
 def test_stable_drl_divides_by_the_sum_of_clipped_ratios():
@@ -423,11 +379,6 @@ class Trained:
         self.groups = [group for _, groups in self.calls['rollout'] for group in groups]
         self.prompt_masks = [mask for _, mask in self.calls['random_prompt_mask']]
 
-    def moved(self):
-        """How far each weight has moved, at most."""
-        return [(p - q).abs().max().item()
-                for p, q in zip(self.model.parameters(), self.start.parameters())]
-
 
 def token_logps(model, prompt_ids, completion_ids):
     """log p(o_k | q') (G, L), all completion tokens masked (d1, section 3.1)."""
@@ -437,9 +388,10 @@ def token_logps(model, prompt_ids, completion_ids):
 
 
 def algorithm_1(args, policy, problems, reward):
-    """diffu-GRPO in plain lines, numbered as in the paper: [(loss, gradients)] of all updates.
+    """diffu-GRPO in plain lines, numbered as in the paper.
 
-    policy moves by plain gradient descent; gradients are clipped at a norm of 0.2.
+    Returns (loss, norm of its gradient, the gradients clipped at a norm of 0.2) of each update;
+    policy moves by plain gradient descent.
     """
     G, L, end_ids = args.num_generations, args.gen_length, policy.config.end_ids
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -505,17 +457,20 @@ def algorithm_1(args, policy, problems, reward):
 
 
 @pytest.mark.parametrize('flags', [
-    '--learning_rate 0.2 --beta 2',
+    '--learning_rate 0.2 --beta 2 --seed 3',
     '--learning_rate 0.2 --beta 0 --epsilon 0.05',
     '--learning_rate 0.5 --beta 2 --norm sequence --num_prompts 4',
     '--learning_rate 0.5 --beta 2 --lora_rank 4 --fixed_mask',
     '--learning_rate 0.2 --beta 0 --divide_by_std'])
 def test_updates_are_those_of_algorithm_1(monkeypatch, tmp_path, flags):
-    """Of all groups, though a group of equal rewards is left out where it has no gradient."""
+    """Which knows all groups; one of equal rewards has no passes if there is no KL term."""
     put_reward(monkeypatch, varied_but_for_one)
     run = Trained(monkeypatch, tmp_path, *flags.split(), plain=True)
     updates = algorithm_1(run.args, run.start, Problems(), varied_but_for_one)
     assert len(run.gradients) == len(updates) == 6
+    passes = sum(bool(run.args.beta or group.advantages.any()) for group in run.groups)
+    assert len(run.calls['completion_logps']) == len(run.calls['old_and_ref_logps']) == 3 * passes
+    assert (passes < len(run.groups)) == (run.args.beta == 0)
     for ours, (_, _, expected) in zip(run.gradients, updates):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
     for step, line in enumerate(run.log):
@@ -536,17 +491,11 @@ def test_updates_are_those_of_algorithm_1(monkeypatch, tmp_path, flags):
         assert run.log[1]['kl'] > 1e-3
 
 
-@pytest.mark.parametrize('beta, passes', [(0.0, 3), (1e-30, 4)])
-def test_a_group_of_equal_rewards_has_passes_only_for_a_kl_term(monkeypatch, tmp_path, beta,
-                                                                passes):
-    """And the weights are the same: a beta of 1e-30 is a run in which nothing is left out."""
-    put_reward(monkeypatch, varied_but_for_one)
-    run = Trained(monkeypatch, tmp_path / 'a', '--beta', str(beta))
-    assert len(run.calls['completion_logps']) == len(run.calls['old_and_ref_logps']) == 3 * passes
-    assert max(group.advantages.any() for group in run.groups)
-    other = Trained(monkeypatch, tmp_path / 'b', '--beta', '1e-30')
-    torch.testing.assert_close(list(run.model.parameters()), list(other.model.parameters()),
-                               atol=1e-7, rtol=0)
+def test_adamw_is_d1s():
+    model = add_lora(tiny(), 4, 8)
+    [group] = train.adamw(model, 3e-6).param_groups
+    assert (group['lr'], group['betas'], group['weight_decay']) == (3e-6, (0.9, 0.99), 0.1)
+    assert group['params'] == [p for p in model.parameters() if p.requires_grad]
 
 
 def test_a_reward_that_is_always_the_same_leaves_weight_decay(monkeypatch, tmp_path):
@@ -590,42 +539,29 @@ def test_estimator_and_loss_of_the_flags_make_the_update(monkeypatch, tmp_path, 
     assert all(line['first_ratio'] == pytest.approx(1, abs=1e-5) for line in run.log)
 
 
-@pytest.mark.parametrize('fixed', [False, True])
-def test_every_group_has_a_prompt_mask_of_its_own_for_every_update(monkeypatch, tmp_path, fixed):
-    put_reward(monkeypatch, varied)
-    flags = ['--fixed_mask'] if fixed else []
-    run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.4', '--estimator', 'coupled', *flags)
-    masks = torch.stack(run.prompt_masks).view(2, 3, 2, 4, 6)    # step, update, group, G, P
-    views = torch.stack([views[0].masked for _, views in run.calls['draw_views']])
-    views = views.view(2, 3, 2, 4, 8)            # coupled: the masked half
-    for drawn in (masks, views):
-        assert len(drawn[:, 0].flatten(0, 1).unique(dim=0)) == 4, '2 prompts of 2 steps'
-        for step in range(2):
-            for group in range(2):
-                assert len(drawn[step, :, group].unique(dim=0)) == (1 if fixed else 3)
-    share = masks[:, 0].float().mean().item()
-    assert abs(share - 0.4) < 4 * (0.24 / 96) ** 0.5
-
-
-def test_the_prefill_is_never_masked(monkeypatch, tmp_path):
+def test_the_prefill_is_rewarded_and_never_masked(monkeypatch, tmp_path):
     put_reward(monkeypatch, varied)
     run = Trained(monkeypatch, tmp_path, '--p_mask_prompt', '0.9', '--prefill', 'abc')
     masks = torch.cat(run.prompt_masks)
     assert masks[:, :3].float().mean() > 0.6 and not masks[:, 3:].any()
-    assert all(text.startswith('abc') for group in run.groups for text in group.texts)
+    for group in run.groups:
+        assert all(text.startswith('abc') for text in group.texts)
+        assert group.rewards.tolist() == [varied(text, None) for text in group.texts]
 
 
-def test_flags_reach_the_sampler_and_every_problem_is_drawn_once(monkeypatch, tmp_path):
+@pytest.mark.parametrize('sample_batch, sizes', [(9, [2, 1] * 2), (1, [1] * 6)])
+def test_flags_reach_the_sampler_and_every_problem_is_drawn_once(monkeypatch, tmp_path,
+                                                                 sample_batch, sizes):
+    """A call of the sampler takes sample_batch completions at most, and at least a group of 4."""
     put_reward(monkeypatch, varied)
-    run = Trained(monkeypatch, tmp_path, '--num_prompts', '3', '--sample_batch', '9',
+    run = Trained(monkeypatch, tmp_path, '--num_prompts', '3', '--sample_batch', str(sample_batch),
                   '--temperature', '0.7', '--cache', '--threshold', '0.3')
     assert run.problems.drawn == [0, 1, 2, 3, 4, 5]
     assert [group.prompt_number for group in run.groups] == [0, 1, 2] * 2
-    arguments = [arguments for arguments, _ in run.calls['rollout']]
-    sizes = [len(problems) for _, _, problems, *_ in arguments]
-    assert sizes == [2, 1, 2, 1], 'at most 9 completions per call, 4 per group'
-    assert arguments[0][4] == dict(gen_length=8, block_length=4, steps=4, temperature=0.7,
-                                   cache=True, threshold=0.3)
+    assert [len(groups) for _, groups in run.calls['rollout']] == sizes
+    sampling = run.calls['rollout'][0][0][4]
+    assert sampling == dict(gen_length=8, block_length=4, steps=4, temperature=0.7, cache=True,
+                            threshold=0.3)
     for step, line in enumerate(run.log):
         own = run.groups[3 * step:3 * step + 3]
         earned = torch.cat([group.rewards for group in own])
@@ -633,32 +569,6 @@ def test_flags_reach_the_sampler_and_every_problem_is_drawn_once(monkeypatch, tm
         assert line['reward'] == pytest.approx(earned.mean().item())
         assert line['length'] == pytest.approx(lengths.mean().item())
         assert 0 < line['rollout_seconds'] < line['seconds']
-
-
-def test_a_call_of_the_sampler_takes_at_least_one_group(monkeypatch, tmp_path):
-    put_reward(monkeypatch, varied)
-    run = Trained(monkeypatch, tmp_path, '--sample_batch', '1')
-    assert [len(groups) for _, groups in run.calls['rollout']] == [1, 1, 1, 1]
-
-
-def test_the_seed_reaches_rollouts_and_masks(monkeypatch, tmp_path):
-    put_reward(monkeypatch, varied)
-    one = Trained(monkeypatch, tmp_path / 'a')
-    other = Trained(monkeypatch, tmp_path / 'b', '--seed', '1')
-    for a, b in zip(one.groups, other.groups):                   # of the same prompts
-        assert torch.equal(a.prompt_ids, b.prompt_ids)
-        assert not torch.equal(a.completion_ids, b.completion_ids)
-    for a, b in zip(one.prompt_masks, other.prompt_masks):
-        assert not torch.equal(a, b)
-
-
-def test_adamw_moves_by_the_learning_rate(monkeypatch, tmp_path):
-    put_reward(monkeypatch, varied)
-    run = Trained(monkeypatch, tmp_path, '--grpo_steps', '1', '--num_iterations', '1',
-                  '--learning_rate', '3e-4')
-    for p, start in zip(run.model.parameters(), run.start.parameters()):
-        moved = (p - start * (1 - 3e-4 * 0.1)).abs().max().item()            # but for the decay
-        assert moved == pytest.approx(3e-4, rel=0.01), "Adam's first step is the sign"
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_training_goes_on(monkeypatch, tmp_path):
@@ -670,8 +580,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_training_goes_on(monkeypatc
     put_reward(monkeypatch, reward)
     run = Trained(monkeypatch, tmp_path)
     assert [line['bad_updates'] for line in run.log] == [3, 0]
-    assert all(p.isfinite().all() for p in run.model.parameters())
-    assert min(run.moved()) > 0
+    for p, start in zip(run.model.parameters(), run.start.parameters()):
+        assert p.isfinite().all() and not torch.equal(p, start)
 
 
 @pytest.mark.parametrize('flags', ['--learning_rate 3e-3 --grpo_steps 15',

@@ -2,6 +2,7 @@
 
 Each attack is a program, or one line that a function with a right answer tries first.
 """
+import contextlib
 import glob
 import importlib.util
 import inspect
@@ -48,7 +49,6 @@ f = lambda x: type("E", (int,), dict(__eq__=yes, __ne__=yes, __bool__=yes))(0)
 f = lambda x: type("E", (list,), dict(__eq__=yes, __iter__=lambda s: iter(int, 1)))()
 f = lambda x: write_all(b"...111")
 write_all(reply(2) + reply(6) + reply(-8)); f = lambda x: 0
-def f(x): write_all(reply(2) + reply(6) + reply(-8) + reply(0)); os._exit(0)
 def f(x): write_all(b'["", 2, \xff\n'); time.sleep(9)
 def f(x): write_all(b'["", ' + b"[" * 20000 + b"\n"); return 0
 __main__.pack = lambda *values: reply(2); f = lambda x: 0
@@ -56,15 +56,10 @@ def f(x): __main__.main(); return 0
 builtins.len = builtins.isinstance = builtins.all = builtins.any = yes; f = lambda x: 0
 def f(x): raise SystemExit(0)
 os._exit(0)
-atexit.register(write_all, b"111"); f = sys.exit
-def f(x): yield 2 * x
-f = lambda x: [2 * x for c in dict.__subclasses__() if c.__name__ == "Names"][0]
-f = lambda x: float("nan")
 f = lambda x: bytearray(600 << 20) and 2 * x
 def f(x): y = []; y.append(y); return y
 f = lambda x: re.match("(a+)+$", "a" * 60 + "b")
 time.time = time.monotonic = time.perf_counter = lambda: 0; time.sleep(99)
-os.closerange(0, 64); time.sleep(99)
 f = lambda x: [print("x" * 10 ** 6) for _ in iter(int, 1)]
 sys.setrecursionlimit(10 ** 9); f = lambda x: f(x + 1)
 '''
@@ -104,9 +99,7 @@ open("TARGET/victim.txt", "r+").truncate(0)
 os.write(os.open("TARGET/new", os.O_CREAT | os.O_WRONLY), b"x")
 S = type("S", (str,), dict(startswith=lambda *a: True)); open(S("/etc/passwd"))
 os.remove("TARGET/victim.txt")
-os.symlink("/etc/passwd", "TARGET/new")
 import subprocess; subprocess.run(["touch", "TARGET/new"])
-os.system("touch TARGET/new")
 while True: os.fork()
 import socket; socket.create_connection(("127.0.0.1", PORT), 1).sendall(b"hi")
 import ctypes; ctypes.CDLL(None).system(b"touch TARGET/new")
@@ -115,7 +108,6 @@ open("/proc/self/maps").read()
 open(os.__file__ + "/../../../../../../etc/passwd")
 open("ASSETS/judge.py").read()
 import gc; gc.get_objects()
-sys.settrace(lambda *a: None)
 import __main__, builtins; __main__.os = None; builtins.type = print; open("TARGET/new", "w")
 '''
 # no audit event tells of these: the kernel stops them
@@ -126,8 +118,7 @@ os.setsid()
 import signal; signal.setitimer(signal.ITIMER_REAL, 0)
 os.memfd_create("x")
 '''
-NO_CODE = ['', 'def f(x:', HONEST + '\0', 'x = "\ud800"', '(' * 50_000, HONEST + '#' * 200_000,
-           'f' + '()' * 40_000,
+NO_CODE = ['', 'def f(x:', HONEST + '\0', 'x = "\ud800"', '(' * 50_000, 'f' + '()' * 40_000,
            '\n'.join(f'{" " * i}try:\n{" " * i} f\n{" " * i}finally:' for i in range(25)) + '\nf']
 
 
@@ -144,24 +135,18 @@ NAMES = [ascii(attack[:40]) for attack in PROGRAMS + ACTS + NO_CODE]
 
 
 def state(folder):
-    """Everything in a folder: mode, time of the last change and content."""
-    found = {}
-    for path in glob.glob(f'{folder}/**', recursive=True):
-        status = os.lstat(path)
-        content = open(path).read() if os.path.isfile(path) else None
-        found[path] = status.st_mode, status.st_mtime_ns, content
-    return found
+    """Each path in a folder with its mode and the time of its last change."""
+    paths = sorted(glob.glob(f'{folder}/**', recursive=True))
+    return [(path, os.lstat(path).st_mode, os.lstat(path).st_mtime_ns) for path in paths]
 
 
 def living_in(folder):
     """The processes that work in a folder, deleted or not: children keep the working folder."""
     found = []
     for link in glob.glob('/proc/[0-9]*/cwd'):
-        try:
+        with contextlib.suppress(OSError):           # gone in the meantime
             if os.readlink(link).startswith(str(folder)):
                 found.append(link)
-        except OSError:      # gone in the meantime
-            pass
     return found
 
 
@@ -213,7 +198,7 @@ def test_the_attacks_would_pass_but_for_what_they_try():
 def status(lock, act):
     """How a process with one of the two locks ends that does something: 0 if nothing hinders it."""
     code = (f'import sys; sys.path.insert(0, {os.path.dirname(rewards.JUDGE)!r})\n'
-            f'import judge, os\nos.stat\nsys.path.pop(0)\njudge.{lock}()\n'
+            f'import judge, os\nsys.path.pop(0)\njudge.{lock}()\n'
             f'try: {act}\nexcept OSError: os._exit(7)\nos._exit(0)')
     return subprocess.run([sys.executable, '-S', '-B', '-c', code],
                           stderr=subprocess.DEVNULL).returncode
@@ -248,8 +233,7 @@ def forged(line):
 
 @pytest.mark.parametrize('error, raised', [
     ('ValueError', 'ValueError'), ('SystemExit', 'SystemExit'), ('exit', 'RuntimeError'),
-    ('UnicodeDecodeError', 'UnicodeDecodeError'), ('exec', 'TypeError'), ('open', 'TypeError'),
-    ('__import__', 'TypeError'), ('type', 'TypeError'), (5, 'TypeError'), (None, 'TypeError')])
+    ('UnicodeDecodeError', 'UnicodeDecodeError'), ('exec', 'TypeError'), (5, 'TypeError')])
 def test_the_name_of_an_exception_makes_an_exception_and_runs_nothing(error, raised):
     value = 'import os\nfor fd in range(9): os.write(fd, b"111")\nos._exit(0)'
     code = forged(json.dumps([error, value]).encode() + b'\n')
@@ -258,9 +242,8 @@ def test_the_name_of_an_exception_makes_an_exception_and_runs_nothing(error, rai
 
 
 @pytest.mark.parametrize('line', [
-    b'["", {"tuple": 2}]', b'["", {"eval": "1"}]', b'["", {}]', b'["", {"dict": [[[], 1]]}]',
-    b'["", {"set": [], "tuple": []}]', b'["", 2]', b'["", 2, 3, 4]', b'["", 2, {"tuple": []}]',
-    b'[""]', b'{}', b'["", 2', b'', b'[' * 20_000, b'["", "\xff"]', b'["", 2 #' + b' ' * 9],
+    b'["", {"tuple": 2}]', b'["", {"eval": "1"}]', b'["", {"set": [], "tuple": []}]', b'["", 2]',
+    b'["", 2, 3, 4]', b'{}', b'', b'[' * 20_000, b'["", "\xff"]', b'["", 2 #' + b' ' * 9],
     ids=lambda line: repr(line[:30]))
 def test_a_line_that_breaks_the_protocol_voids_every_test(line):
     code = forged(line + b'\n').replace('#', "' + b' ' * (1 << 24) + b'")    # without an end
@@ -286,17 +269,11 @@ def test_plain_data_crosses_both_ways_unchanged(tmp_path):
         file.write(judge.pack({1: (2.5, {math.inf})}, b'a'))
     with open(tmp_path / 'wire', 'rb') as file:
         assert judge.receive(file) == [{1: (2.5, {math.inf})}, b'a']
+    assert run_tests('from collections import Counter\ndef f(): return Counter("aab")',
+                     ['assert f() == {"a": 2, "b": 1} and type(f()) is dict']) == 1
     for unplain in (object(), print, int, range(3), iter([]), bytearray(b'a')):
         with pytest.raises(TypeError):
             judge.to_plain([unplain])
-
-
-def test_subclasses_come_back_as_their_plain_base():
-    code = '''from collections import Counter, defaultdict, namedtuple
-def f(k): return [namedtuple("P", "a b")(1, 2), Counter("aab"), defaultdict(int, {1: 2})][k]'''
-    tests = [f'assert f({i}) == {v} and type(f({i})) is {type(v).__name__}'
-             for i, v in enumerate([(1, 2), {'a': 2, 'b': 1}, {1: 2}])]
-    assert run_tests(code, tests) == 1
 
 
 def test_exceptions_cross_by_their_builtin_type():
@@ -310,10 +287,9 @@ def test_exceptions_cross_by_their_builtin_type():
 
 
 @pytest.mark.parametrize('change, before, after', [
-    ('x.append(1)', '[]', '[1]'), ('x.clear()', '[1, 2]', '[]'), ('x.sort()', '[2, 1]', '[1, 2]'),
-    ('x[1].append(0)', '[1, [2]]', '[1, [2, 0]]'), ('x["b"] = 2', '{"a": 1}', '{"a": 1, "b": 2}'),
-    ('x["a"].pop()', '{"a": [1]}', '{"a": []}'), ('x.add(2)', '{1}', '{1, 2}'),
-    ('x[0].append(1)', '([],)', '([1],)'), ('x.pop("a")', '{"a": 1}', '{}'),
+    ('x.append(1)', '[]', '[1]'), ('x.clear()', '[1, 2]', '[]'), ('x.add(2)', '{1}', '{1, 2}'),
+    ('x["b"] = x["a"].pop()', '{"a": [1]}', '{"a": [], "b": 1}'),
+    ('x[0].append(1)', '([],)', '([1],)'),
     ('del x[0], x[0]["k"]', '[0, {"k": 1}, [2]]', '[{}, [2]]'), ('x = [3]', '[1]', '[1]')])
 def test_what_a_function_does_to_its_arguments_is_done_in_the_tests(change, before, after):
     code = f'def f(x):\n    {change}\n    return 7'
@@ -335,9 +311,7 @@ def test_parts_and_kinds_of_changed_arguments_stay_the_tests_own():
 def test_the_score_is_the_share_of_tests_passed():
     assert run_tests(HONEST, TESTS) == 1
     assert run_tests('def f(x): return 2', TESTS) == 1 / 3
-    raises = 'def f(x):\n    if x < 0: raise ValueError\n    return 2 * x'
-    assert run_tests(raises, TESTS) == 2 / 3
-    assert run_tests(raises.replace('raise ValueError', 'input()'), TESTS) == 2 / 3
+    assert run_tests('def f(x):\n    if x < 0: input()\n    return 2 * x', TESTS) == 2 / 3
     assert run_tests(HONEST, []) == 0
 
 
@@ -415,22 +389,18 @@ def test_the_library_can_be_imported():
 @dataclasses.dataclass
 class P:
     x: int
-@functools.lru_cache(None)
-def g(x): return x
 def f(x):
-    assert hashlib.md5(b"a").hexdigest() and re.sub("a", "b", "a") == "b"
-    assert datetime.datetime.now() and time.localtime() and datetime.date(2020, 1, 1).strftime("%A")
-    random.shuffle([1, 2]); warnings.warn("w"); print(P(1)); sys.stdout.flush()
-    time.sleep(.001); copy.deepcopy([P(1)]); inspect.signature(f); os.getcwd()
-    eval("1 + 1"); exec("a = 1"); sys.setrecursionlimit(5000)
-    return 2 * g(P(x).x)'''
+    assert hashlib.md5(b"a").hexdigest() and datetime.date(2020, 1, 1).strftime("%A")
+    random.shuffle([1, 2]); warnings.warn("w"); print(P(1)); sys.stdout.flush(); time.sleep(.001)
+    copy.deepcopy([P(1)]); inspect.signature(f); eval("1 + 1"); sys.setrecursionlimit(5000)
+    return 2 * functools.lru_cache(None)(P)(x).x'''
     assert run_tests(code, TESTS, timeout=5) == 1
 
 
 def test_secrets_of_the_environment_are_not_passed_on(monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'secret')
-    code = 'import os\ndef f(): return "HF_TOKEN" in os.environ'
-    assert run_tests(code, ['assert f() is False']) == 1
+    assert run_tests('import os\ndef f(): return [*os.environ]',
+                     ['assert "HF_TOKEN" not in f()']) == 1
 
 
 def test_many_at_once_from_threads(trap):

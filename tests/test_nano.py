@@ -69,16 +69,13 @@ def test_training_and_test_rows_share_no_problem_whoever_asks(task):
 
 
 def test_sudoku_parts_share_no_grid_and_every_puzzle_has_one_solution():
-    tests = problems('sudoku', 'test', 200)
+    tests, every = problems('sudoku', 'test', 200), make.sudoku_grids().split()
     assert not {p.reply for p in problems('sudoku', 'train', 200)} & {p.reply for p in tests}
-    every = make.sudoku_grids().split()
     assert len(set(every)) == 288
     for problem in tests:
         pattern = problem.row['Puzzle'].replace('0', '.')
         assert [grid for grid in every if re.fullmatch(pattern, grid)] == [problem.reply]
 
-
-# ---- what is shipped ----
 
 def test_the_shipped_rows_are_those_of_seed_0(tmp_path):
     make.write_problems(tmp_path, 0)
@@ -92,8 +89,7 @@ def test_the_shipped_rows_are_those_of_seed_0(tmp_path):
 def test_the_shipped_base_is_asked_in_the_words_that_it_was_taught(task):
     model, tokenizer = load(str(NANO / 'model'))
     own = make.make_tokenizer()
-    assert tokenizer.get_vocab() == own.get_vocab()
-    assert model.config.embedding_size == len(own)
+    assert tokenizer.get_vocab() == own.get_vocab() and len(own) == model.config.embedding_size
     for problem in problems(task, 'test', 10):
         question = TASKS[task].from_row(problem.row)['question']
         asked = prompt(task, dict(question=f'{problem.asker}: {question}'))
@@ -118,8 +114,6 @@ def test_the_shipped_base_is_small_and_can_think_but_seldom_does():
     assert thinks[''] < 30 and thinks['<reasoning>'] > 43
     assert right[''] < 34 and right['<reasoning>'] > 38
 
-
-# ---- pretraining ----
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     for name, value in dict(BATCH=8, TRAINING_ROWS=8, TEST_ROWS=8, SAVE_EVERY=1).items():

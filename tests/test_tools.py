@@ -40,11 +40,17 @@ def test_bench_compares_what_computes_the_same(capsys):
     assert len(ids.unique()) > 4, 'a model without opinions would prove nothing'
 
 
-def test_gpu_counts_memory_and_runs_all_that_it_times(capsys):
+def test_gpu_counts_memory_and_runs_all_that_it_times(monkeypatch, capsys):
+    computed, compute = {}, gpu.computed_memory
+
+    def remembered(config, rank, sizes):
+        computed[rank] = compute(config, rank, sizes)
+        return computed[rank]
+    monkeypatch.setattr(gpu, 'computed_memory', remembered)
     gpu.main(['--tiny'])
     pieces = [row[1] for row in table_rows(capsys) if row[0] == 'tiny']
     assert len(pieces) == 10 and 'rollout, 4 x 2 completions, cache' in pieces
-    lora, full = (gpu.computed_memory(gpu.TINY, rank, gpu.TINY_SIZES) for rank in (4, 0))
+    lora, full = computed[4], computed[0]
     with torch.device('meta'):
         weights = sum(p.numel() for p in gpu.LLaDA(gpu.Config(**gpu.TINY)).parameters())
     assert full['weights, and the reference policy'] == 6 * weights          # float32, bfloat16
@@ -69,7 +75,7 @@ def test_draw_shows_each_token_from_its_step_on(tmp_path):
     for text, (_, step) in zip(texts, shown):
         begins.setdefault(step, set()).add(text.find('{*}animate').get('keyTimes'))
     times = [begins[step] for step in sorted(begins)]
-    assert len(times) > 3 and times == [{time} for time in sorted(set().union(*times))]
+    assert len(times) > 1 and times == [{time} for time in sorted(set().union(*times))]
 
 
 def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsys):

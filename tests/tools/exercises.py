@@ -32,7 +32,7 @@ EXERCISES = [
      'estimate of the KL.', 'Start with mu = 1, where the ratio is 1. min is the pessimist.'),
     ('sample.py', 'commit_counts', 'The masks of a block are shared out over its steps.', 'divmod'),
     ('sample.py', 'generate', 'LLaDA\'s sampler: blocks from left to right, and in a block the '
-     'predictions first of which the model is surest.', 'choose() and the functions below it are '
+     'predictions first of which the model is surest.', 'choose, pad_mask, guide and has_end are '
      'given. Begin with one row, without an end, padding or guidance.'),
     ('model.py', 'last_adapter_off', 'The reference policy is the policy without the adapter in '
      'training.', 'try, yield, finally: switch it on again after an error, too.'),
@@ -207,16 +207,23 @@ def test_commit_counts():
     assert sum(commit_counts(3, 5)) == 3
 
 
+class LovesMasks(Counting):
+    def __call__(self, ids, attention_mask=None, positions=None):
+        logits = super().__call__(ids, attention_mask, positions)
+        logits[..., self.config.mask_id] = 9.0                   # which may never be drawn
+        return logits
+
+
 def test_generate():
     from sample import generate
     prompt = torch.tensor([[5, 6], [7, 8]])
-    ids, steps = generate(Counting(), prompt, 4, 2, 4)
+    ids, steps = generate(LovesMasks(), prompt, 4, 2, 4)
     assert ids.tolist() == [[3, 2, 5, 4]] * 2, 'each token tells how many stood before it'
     assert steps.tolist() == [[1, 0, 3, 2]] * 2
-    ids, steps = generate(Counting(), prompt, 4, 2, 2)
+    ids, steps = generate(LovesMasks(), prompt, 4, 2, 2)
     assert ids.tolist() == [[2, 2, 4, 4]] * 2 and steps.tolist() == [[0, 0, 1, 1]] * 2
-    assert generate(Counting(), prompt, 4, 4, 4)[0].tolist() == [[5, 3, 4, 2]] * 2
-    ends = Counting()
+    assert generate(LovesMasks(), prompt, 4, 4, 4)[0].tolist() == [[5, 3, 4, 2]] * 2
+    ends = LovesMasks()
     ends.config = SimpleNamespace(mask_id=1, eos_id=0, end_ids=(0, 3))
     ids, steps = generate(ends, prompt, 4, 2, 4)
     assert ids.tolist() == [[3, 2, 0, 0]] * 2, 'the first block holds an end, 3'

@@ -47,7 +47,8 @@ KINDS = {
 }
 # The paper's ablations and the later methods, one change each, with as many iterations as make the
 # forward passes of every cell equal: 40 * (16 denoising steps + 4 updates * 2 policies) = 960 per
-# completion. From the base, which must find thinking, and one model for all five tasks.
+# completion, less those of groups of equal rewards, which are not trained on. From the base, which
+# must find thinking, and one model for all five tasks.
 ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu} --grpo_steps {steps}{flag}'
              for mu, steps in ((2, 48), (12, 24), (24, 15))
              for kind, flag in (('random', ''), ('fixed', ' --fixed_mask'))}
@@ -314,65 +315,31 @@ def mean(values):
 
 # ---- tables ----
 
+def print_row(cells):
+    print('| ' + ' | '.join(map(str, cells)) + ' |')
+
+
+def print_head(cells):
+    print_row(cells)
+    print('| --- ' * len(cells) + '|')
+
+
 def spread(values, scale=100):
     """'mean (lowest to highest)'"""
     if not values:
         return '-'
     values = [scale * value for value in values]
-    return f'{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})'
+    return f'{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})'
 
 
 def scores(rows, kind, stage, task, length, key='accuracy'):
-    return [row['results'][stage][task][str(length)][key] for row in rows
-            if row['kind'] == kind
-            and str(length) in row['results'].get(stage, {}).get(task, {})]
-
-
-def main_table(rows, length):
-    """Accuracy in % of every stage at one completion length; effective tokens beside it."""
-    columns = [('base', 'base', 'base'), ('made', 'base', 'base made to think'),
-               ('base', 'sft', '+ SFT'), ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1'),
-               ('default', 'grpo', 'one diffu-GRPO for all'), ('all', 'grpo', 'one d1 for all'),
-               ('all5', 'grpo', '5 times longer')]
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
-    print(f'\nAccuracy in % at {length} tokens, mean (lowest to highest) over bases {bases}\n')
-    print('| task | ' + ' | '.join(name for *_, name in columns) + ' | tokens: base, d1 |')
-    print('| --- ' * (len(columns) + 2) + '|')
-    for task in TASKS:
-        cells = [spread(scores(rows, kind, stage, task, length)) for kind, stage, _ in columns]
-        tokens = [spread(scores(rows, kind, stage, task, length, 'effective_tokens'), 1).split()[0]
-                  for kind, stage in (('base', 'base'), ('d1', 'grpo'))]
-        print(f'| {task} | ' + ' | '.join(cells) + f' | {", ".join(tokens)} |')
-
-
-def change_table(rows, start):
-    """One change each, one model for all tasks, from the base or from the SFT model."""
-    print(f'\nFrom {start}: accuracy in % at 32 tokens, mean over bases; mean of the five tasks '
-          '(lowest to highest base); found: tasks and bases that gained at least 15 points\n')
-    print('| change | bases | ' + ' | '.join(NAMES.values())
-          + ' | mean | found | iterations | seconds |\n' + '| --- ' * 11 + '|')
-    lines = [('base', 'base', 'base'), ('made', 'base', 'base made to think')]
-    lines += [(name, 'grpo', flags or 'default') for name, flags in CHANGES.items()]
-    if start == 'sft':
-        lines = [('base', 'sft', 'SFT'), ('all', 'grpo', 'default')]
-        lines += [(f'sft-{name}', 'grpo', flags) for name, flags in METHODS.items()]
-    before = {row['base']: row for row in rows if row['kind'] == 'base'}
-    default = 'all' if start == 'sft' else 'default'
-    bases = {row['base'] for row in rows if row['kind'] == default}
-    for name, stage, label in lines:
-        some = [row for row in rows if row['kind'] == name and row['base'] in bases]
-        if not some:
-            continue
-        cells = [mean(scores(some, name, stage, task, 32)) for task in TASKS]
-        gains = [score(row, stage, task) - score(before[row['base']], start, task)
-                 for row in some for task in TASKS]
-        curves = [row['curve'] for row in some if stage == 'grpo']
-        seconds = mean([sum(curve['seconds']) for curve in curves]) if curves else 0
-        print(f'| {label} | {" ".join(str(row["base"]) for row in some)} | '
-              + ' | '.join(f'{100 * cell:.1f}' for cell in cells)
-              + f' | {spread([mean_score(row, stage) for row in some])}'
-              + f' | {sum(gain >= 0.15 for gain in gains)} of {len(gains)}'
-              + f' | {len(curves[0]["reward"]) if curves else 0} | {seconds:.0f} |')
+    """One number per cell of a kind that has been evaluated on the task at this length."""
+    found = []
+    for row in rows:
+        by_length = row['results'].get(stage, {}).get(task, {})
+        if row['kind'] == kind and str(length) in by_length:
+            found.append(by_length[str(length)][key])
+    return found
 
 
 def score(row, stage, task):
@@ -383,24 +350,76 @@ def mean_score(row, stage):
     return mean([score(row, stage, task) for task in TASKS])
 
 
+def main_table(rows, length):
+    """Accuracy in % of every stage at one completion length; effective tokens beside it."""
+    columns = {'base': ('base', 'base'), 'base made to think': ('made', 'base'),
+               '+ SFT': ('base', 'sft'), '+ diffu-GRPO': ('grpo', 'grpo'), 'd1': ('d1', 'grpo'),
+               'one diffu-GRPO for all': ('default', 'grpo'), 'one d1 for all': ('all', 'grpo'),
+               '5 times longer': ('all5', 'grpo')}               # -> (kind, stage)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
+    print(f'\nAccuracy in % at {length} tokens, mean (lowest to highest) over bases {bases}\n')
+    print_head(['task', *columns, 'tokens: base, d1'])
+    for task in TASKS:
+        cells = [spread(scores(rows, *column, task, length)) for column in columns.values()]
+        tokens = []
+        for column in ('base', 'd1'):
+            values = scores(rows, *columns[column], task, length, 'effective_tokens')
+            tokens.append(f'{mean(values):.1f}' if values else '-')
+        print_row([task, *cells, ', '.join(tokens)])
+
+
+def change_table(rows, start):
+    """One change each, one model for all tasks, from the base or from the SFT model."""
+    if start == 'base':
+        default = 'default'
+        lines = [('base', 'base', 'base'), ('made', 'base', 'base made to think')]
+        lines += [(name, 'grpo', flags or 'default') for name, flags in CHANGES.items()]
+    else:
+        default = 'all'
+        lines = [('base', 'sft', 'SFT'), ('all', 'grpo', 'default')]
+        lines += [(f'sft-{name}', 'grpo', flags) for name, flags in METHODS.items()]
+    print(f'\nFrom {start}: accuracy in % at 32 tokens, mean over bases; mean of the five tasks '
+          '(lowest to highest base); found: tasks and bases that gained at least 15 points\n')
+    print_head(['change', 'bases', *NAMES.values(), 'mean', 'found', 'iterations', 'seconds'])
+    before = {row['base']: row for row in rows if row['kind'] == 'base'}
+    bases = {row['base'] for row in rows if row['kind'] == default}
+    for kind, stage, label in lines:
+        some = [row for row in rows if row['kind'] == kind and row['base'] in bases]
+        if not some:
+            continue
+        accuracies = [mean(scores(some, kind, stage, task, 32)) for task in TASKS]
+        gains = [score(row, stage, task) - score(before[row['base']], start, task)
+                 for row in some for task in TASKS]
+        found = sum(gain >= 0.15 for gain in gains)
+        iterations, seconds = 0, 0
+        if stage == 'grpo':
+            iterations = len(some[0]['curve']['reward'])
+            seconds = mean([sum(row['curve']['seconds']) for row in some])
+        print_row([label, ' '.join(str(row['base']) for row in some),
+                   *[f'{100 * accuracy:.1f}' for accuracy in accuracies],
+                   spread([mean_score(row, stage) for row in some]), f'{found} of {len(gains)}',
+                   iterations, f'{seconds:.0f}'])
+
+
 def truth_table(rows):
-    names = ('forwards', 'bias', 'std', 'rank', 'cosine', 'cosine_of_mean', 'norm', 'noise',
-             'total_cosine', 'first_cosine', 'other_cosine')
+    columns = ('forwards', 'bias', 'std', 'rank', 'cosine', 'cosine_of_mean', 'norm', 'noise',
+               'total_cosine', 'first_cosine', 'other_cosine')
     for stage in ('base', 'sft', 'd1'):
-        lines = [row for row in rows if row['stage'] == stage]
-        if lines:
-            print(f'\n{stage}: {sum(row["groups"] for row in lines)} groups of 8, bases '
-                  f'{sorted({row["base"] for row in lines})}\n')
-            print('| estimator | ' + ' | '.join(names) + ' |\n' + '| --- ' * (len(names) + 1) + '|')
-        for name in lines[0]['estimators'] if lines else []:
-            means = [sum(row['estimators'][name][key] for row in lines) / len(lines)
-                     for key in names]
-            print(f'| {name} | ' + ' | '.join(f'{value:.3g}' for value in means) + ' |')
+        some = [row for row in rows if row['stage'] == stage]
+        if not some:
+            continue
+        groups, bases = sum(row['groups'] for row in some), {row['base'] for row in some}
+        print(f'\n{stage}: {groups} groups of 8, bases {sorted(bases)}\n')
+        print_head(['estimator', *columns])
+        for name in some[0]['estimators']:
+            means = [mean([row['estimators'][name][key] for row in some]) for key in columns]
+            print_row([name, *[f'{value:.3g}' for value in means]])
 
 
 # ---- figures, readable on light and dark pages ----
 
-GREY, COLOURS = '#808080', ['#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#a855f7']
+GREY = '#808080'
+COLOURS = ['#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#a855f7']
 NAMES = dict(gsm8k='word problems', math='equations', countdown='Countdown', sudoku='Sudoku',
              code='code')
 
@@ -422,6 +441,12 @@ def save(figure, folder, name, rect=(0, 0, 1, 1)):
     path = folder / f'{name}.svg'
     figure.savefig(path, transparent=True, metadata=dict(Date=None))
     print(f'drew {path.name}')
+
+
+def mean_and_range(values):
+    """mean, [how far the lowest is below it, how far the highest above]"""
+    middle = mean(values)
+    return middle, [middle - min(values), max(values) - middle]
 
 
 def mean_curve(curves):
@@ -470,10 +495,9 @@ def results_figure(rows, folder):
         for j, task in enumerate(TASKS):
             found = [100 * score for score in scores(rows, kind, stage, task, 32)]
             if found:
-                height = mean(found)
-                ours.bar(j + 0.2 * i, height, 0.2, color=COLOURS[i],
-                         yerr=[[height - min(found)], [max(found) - height]], ecolor=GREY,
-                         label=label if j == 0 else None)
+                height, (below, above) = mean_and_range(found)
+                ours.bar(j + 0.2 * i, height, 0.2, color=COLOURS[i], yerr=[[below], [above]],
+                         ecolor=GREY, label=label if j == 0 else None)
     table = [[76.7, 32.4, 19.5, 6.7], [78.8, 32.6, 14.5, 8.5], [79.8, 37.2, 31.3, 12.9],
              [81.1, 38.6, 32.0, 16.7]]           # the paper's Table 1, 256 tokens
     for i, line in enumerate(table):
@@ -500,13 +524,15 @@ def truth_figure(rows, folder):
                 'ELBO (another quantity)': [f'elbo {n}' for n in (1, 2, 4, 16)]}
     for i, ((label, names), colour) in enumerate(zip(families.items(), COLOURS)):
         for axis, key in zip(axes, ('bias', 'rank', 'cosine')):
-            found = [[row['estimators'][name][key] for row in rows] for name in names]
-            forwards = [rows[0]['estimators'][name]['forwards'] * 1.04 ** (i - 2) for name in names]
-            means = [mean(values) for values in found]
-            errors = [[m - min(values) for m, values in zip(means, found)],
-                      [max(values) - m for m, values in zip(means, found)]]
-            axis.errorbar(forwards, means, yerr=errors, marker='o', markersize=4, color=colour,
-                          label=label, capsize=2, elinewidth=0.8)
+            means, ranges, forwards = [], [], []
+            for name in names:
+                found = [row['estimators'][name] for row in rows]
+                middle, below_and_above = mean_and_range([values[key] for values in found])
+                means.append(middle)
+                ranges.append(below_and_above)
+                forwards.append(found[0]['forwards'] * 1.04 ** (i - 2))      # side by side
+            axis.errorbar(forwards, means, yerr=list(zip(*ranges)), marker='o', markersize=4,
+                          color=colour, label=label, capsize=2, elinewidth=0.8)
     axes[0].set(ylabel='log p - exact log p, nats (bias)')
     axes[1].set(ylabel='rank correlation in a group', ylim=(None, 1.02))
     axes[2].set(ylabel='cosine with the exact gradient', ylim=(None, 1.02))
@@ -593,10 +619,9 @@ def methods_figure(rows, truth_rows, folder):
     for i, (stage, key, label, colour) in enumerate(seen):
         lines = [row for row in truth_rows if row['stage'] == stage]
         for j, name in enumerate(names):
-            found = [row['estimators'][name][key] for row in lines]
-            cosines.barh(j + 0.36 * i - 0.18, mean(found), 0.36, color=colour, ecolor=GREY,
-                         xerr=[[mean(found) - min(found)], [max(found) - mean(found)]],
-                         label=label if j == 0 else None)
+            width, (below, above) = mean_and_range([row['estimators'][name][key] for row in lines])
+            cosines.barh(j + 0.36 * i - 0.18, width, 0.36, color=colour, ecolor=GREY,
+                         xerr=[[below], [above]], label=label if j == 0 else None)
     cosines.set_yticks(range(len(names)), names.values(), fontsize=7)
     cosines.invert_yaxis()
     cosines.axvline(0, color=GREY, linewidth=0.8)
