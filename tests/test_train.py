@@ -93,6 +93,12 @@ def content(folder):
     return found
 
 
+def assert_logs_close(one, two):
+    for a, b in zip(rows(one / 'log.jsonl'), rows(two / 'log.jsonl'), strict=True):
+        assert a.pop('stage') == b.pop('stage')
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+
+
 def lines(path, *items):
     """A file of JSON lines."""
     path.write_text(''.join(json.dumps(item) + '\n' for item in items))
@@ -227,22 +233,15 @@ def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(out):
 # ---- LoRA: from a folder in the layout of a published model to a folder in that layout ----
 
 def published(folder, layout):
-    """A small random model in bfloat16 shards, with the nano tokenizer."""
+    """A small random model in bfloat16, with the nano tokenizer."""
     model = tiny(layout=layout, qk_norm=layout == 'qwen3', embedding_size=907,
                  max_sequence_length=1024)
     if layout == 'qwen3':
         sizes = {theirs: getattr(model.config, ours) for ours, theirs in KEYS['qwen3'].items()}
         model.config.file_keys = dict(sizes, model_type='a2d-qwen3')
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size='15KB')
+    model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(folder, 'nano')
     return str(folder)
-
-
-def tensors(folder):
-    found = {}
-    for path in folder.glob('*.safetensors'):
-        found |= load_file(path)
-    return found
 
 
 @pytest.fixture(params=['llada', 'qwen3'])
@@ -278,8 +277,8 @@ def test_adapters_of_both_stages_become_one_and_a_merged_model(adapted):
     merged, _ = load(str(folder / 'model'))
     assert (merged(ids) - policy(ids)).abs().max() < 0.3 * (policy(ids) - before).abs().max()
 
-    saved, source = tensors(folder / 'model'), tensors(base)
-    assert saved.keys() == source.keys() and len(list(base.glob('model-*'))) > 2
+    saved, source = (load_file(f / 'model.safetensors') for f in (folder / 'model', base))
+    assert saved.keys() == source.keys()
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     changed = {name.split('.')[-2] for name in saved if not torch.equal(saved[name], source[name])}
     assert changed == {'q_proj', 'k_proj', 'v_proj', 'up_proj'}
@@ -593,9 +592,7 @@ def half_flat(text, example):
 
 
 def assert_close(one, two):
-    for a, b in zip(rows(one / 'log.jsonl'), rows(two / 'log.jsonl'), strict=True):
-        assert a.pop('stage') == b.pop('stage')
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert_logs_close(one, two)
     assert rows(one / 'samples.jsonl') == rows(two / 'samples.jsonl')
     assert results(one) == results(two)
     torch.testing.assert_close(checkpoint(one)['weights'], checkpoint(two)['weights'], atol=1e-5,
@@ -881,10 +878,9 @@ def test_compiled_blocks_give_the_same_numbers_and_nothing_runs_eagerly(out, mon
     torch._dynamo.utils.counters.clear()
     compiled = run(out, 'compiled', '--compile')
     frames = torch._dynamo.utils.counters['frames']
-    assert 0 < frames['total'] == frames['ok'] < torch._dynamo.config.recompile_limit
+    assert 8 < frames['total'] == frames['ok'], "8 is torch's limit"
     assert results(compiled) == results(out / 'whole')
-    for ours, theirs in zip(rows(compiled / 'log.jsonl'), rows(out / 'whole/log.jsonl')):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_logs_close(compiled, out / 'whole')
 
 
 # ---- python sample.py ----
@@ -911,6 +907,7 @@ def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
     prompt = tokenizer.decode(chat(tokenizer, 'How many?'))
     assert shown('--model', base, '--prompt', 'How many?').startswith(f'{base}: {prompt}\n')
     assert lengths == [(32, 8, 16), (256, 32, 128)]
+    monkeypatch.setattr(sys, 'argv', ['sample.py', '--model', 'nowhere/nothing'])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
-    assert end.value.code is None
+    assert 'nowhere/nothing' in end.value.code and '\n' not in end.value.code
