@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-TIE = 1e-6     # probabilities closer than this are a tie in float32
+TIE = 1e-5     # probabilities closer than this are a tie, for float32 has no more of the logits
 
 
 def random_prompt_mask(prompt_ids, p_mask_prompt, generator=None, num_prefill=0):
@@ -162,7 +162,7 @@ def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask
         own = logp_T.gather(-1, tokens)[..., 0]                              # (B, L)
         confidence = logp.gather(-1, tokens)[..., 0].masked_fill(~committed, torch.inf)
         c = confidence.amin(dim=1)[:, None, None]                            # (B, 1, 1)
-        # what is as sure as c, to float32's accuracy, may lose the tie
+        # what is as sure as c may lose the tie
         less_sure = logp.exp() < c.exp() + TIE                               # (B, L, V)
         less_sure |= ~passed_over.unsqueeze(-1)                  # where it does not count
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)

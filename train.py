@@ -131,7 +131,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
     sampling = sampling_knobs(args, args.gen_length, args.steps, args.temperature)
     prompts_per_call = max(1, args.sample_batch // args.num_generations)
     num_prefill = len(prefill_ids(args, tokenizer))
-    start = load_checkpoint(args, 'grpo', args.grpo_steps, model, optimizer)
+    start = load_checkpoint(args, 'grpo', model, optimizer)
     for step in progress_bar('grpo', start, args.grpo_steps):                                  # 2
         # before the step and not after it, so that a resumed run makes up for a killed evaluation
         if args.eval_every and step and step % args.eval_every == 0:
@@ -191,7 +191,7 @@ def train_sft(args, model, pairs):
     """Masked SFT (d1, Algorithm 2) on pairs of (prompt ids, answer ids)."""
     optimizer = adamw(model, args.sft_learning_rate)
     eos_id = model.config.eos_id
-    start = load_checkpoint(args, 'sft', args.sft_steps, model, optimizer)
+    start = load_checkpoint(args, 'sft', model, optimizer)
     for step in progress_bar('sft', start, args.sft_steps):
         began = time.time()
         warm_up = min(1, 20 * (step + 1) / args.sft_steps)       # over the first 5 % of the steps
@@ -582,30 +582,28 @@ def read_log(args, name):
 def save_checkpoint(args, stage, step, steps, model, optimizer):
     """All that training has made, after `step` of a stage's `steps`, when it is time."""
     if step % args.save_every == 0 or step == steps:
-        write(args, 'checkpoint.pt', dict(stage=stage, step=step, optimizer=optimizer.state_dict(),
-                                          weights=trained_weights(args, model)))
+        write(args, f'{stage}.pt', dict(step=step, weights=trained_weights(args, model),
+                                        optimizer=optimizer.state_dict()))
 
 
-def load_checkpoint(args, stage, steps, model, optimizer):
-    """The step to begin a stage with: 0; its checkpoint's; or `steps` when a later one has begun.
+def load_checkpoint(args, stage, model, optimizer):
+    """The step to begin a stage with: 0, or its checkpoint's, whose content is put in place.
 
-    The checkpoint's content is put in place, and the logs are cut back to that step.
+    The logs are cut back to that step.
     """
-    path = Path(args.folder, 'checkpoint.pt')
+    path = Path(args.folder, f'{stage}.pt')
     start = 0
     if path.exists():
-        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        if args.stages.index(checkpoint['stage']) > args.stages.index(stage):
-            return steps
-        if checkpoint['stage'] == stage:
-            start = checkpoint['step']
-            try:
-                for name, p in trained_weights(args, model).items():
-                    p.copy_(checkpoint['weights'][name])
-            except (KeyError, RuntimeError):
-                raise ValueError(f'{path} is of another model: leave out --resume') from None
+        try:
+            checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+            for name, p in trained_weights(args, model).items():
+                p.copy_(checkpoint['weights'][name])
             optimizer.load_state_dict(checkpoint['optimizer'])
-            print0(f'going on with {stage} at step {start}')
+        except Exception as e:                   # torch.load raises whatever it likes
+            raise ValueError(f'{path} is no checkpoint of this model ({type(e).__name__}): leave '
+                             'out --resume') from None
+        start = checkpoint['step']
+        print0(f'going on with {stage} at step {start}')
     for name in ('log.jsonl', 'samples.jsonl'):
         lines = [json.dumps(row) + '\n' for row in read_log(args, name)
                  if row['stage'] != stage or row['step'] < start]
