@@ -55,13 +55,12 @@ def test_logits_equal_qwen3_with_a_full_mask(tmp_path, tied):
 
 REAL = torch.arange(11) >= torch.tensor([[0], [4], [2]])     # three rows padded on the left
 POSITIONS = torch.tensor([[5, 9], [10, 6], [8, 8]])
-ROWS = torch.arange(3)[:, None]
 
 
 @torch.no_grad()
 def test_logits_at_positions_are_those_of_all_positions():
     model, ids = tiny(), tokens(3, 11)
-    assert_close(model(ids, REAL, POSITIONS), model(ids, REAL)[ROWS, POSITIONS])
+    assert_close(model(ids, REAL, POSITIONS), model(ids, REAL)[torch.arange(3)[:, None], POSITIONS])
 
 
 @torch.no_grad()
@@ -284,8 +283,8 @@ def test_names_and_ranks_are_those_of_peft_also_where_layers_differ(tmp_path):
     del model.blocks[0].q_proj.adapters[0]
     save_adapter(tmp_path, model, 'base/name')
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
-    assert (config['peft_type'], config['task_type']) == ('LORA', 'CAUSAL_LM')
-    assert config['base_model_name_or_path'] == 'base/name'
+    named = [config[key] for key in ('peft_type', 'task_type', 'base_model_name_or_path')]
+    assert named == ['LORA', 'CAUSAL_LM', 'base/name']
     ranks = dict(dict.fromkeys(config['target_modules'], config['r']), **config['rank_pattern'])
     alphas = dict.fromkeys(config['target_modules'], config['lora_alpha']) | config['alpha_pattern']
     places = dict(v_proj=(4, 4), up_proj=(4, 4), ff_out=(2, 2), q_proj=(2, 6))   # per block
@@ -411,8 +410,7 @@ def read(folder, name='config.json'):
 
 
 def test_a_saved_folder_keeps_weights_and_config(tmp_path):
-    model = tiny()
-    model.config.file_keys = dict(precision='amp_bf16')
+    model = tiny(file_keys=dict(precision='amp_bf16'))
     model.save_pretrained(tmp_path / 'a')
     again = LLaDA.from_pretrained(tmp_path / 'a')
     again.save_pretrained(tmp_path / 'b')
@@ -565,6 +563,15 @@ def test_a_switch_of_qwen3_that_means_another_network_is_refused(tmp_path, named
     edit_json(tmp_path / 'config.json', **keys)
     with pytest.raises(ValueError, match=named):
         read_config(tmp_path)
+
+
+def test_the_published_qwen3_names_neither_mask_nor_end(tmp_path):
+    qwen3_folder(tmp_path)
+    keys = read(tmp_path)
+    del keys['mask_token_id'], keys['eos_token_id']
+    (tmp_path / 'config.json').write_text(json.dumps(keys))
+    config = read_config(tmp_path)
+    assert (config.mask_id, config.eos_id) == (151669, 151645)
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
