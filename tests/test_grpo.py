@@ -183,8 +183,11 @@ def test_groups_are_the_same_in_one_call_and_one_by_one(monkeypatch):
 
     def with_bonus(text, example):
         return varied(text, example) + example['bonus']
-    for task in ('gsm8k', 'math'):
-        put_reward(monkeypatch, with_bonus, task)
+
+    def without_bonus(text, example):
+        return varied(text, example) - example['bonus']
+    put_reward(monkeypatch, with_bonus)
+    put_reward(monkeypatch, without_bonus, 'math')
     groups = groups_of(model, PROBLEMS)
     for problem, group in zip(PROBLEMS, groups, strict=True):
         [alone] = groups_of(model, [problem])
