@@ -17,16 +17,19 @@ from safetensors.torch import load_file
 import rewards
 import sample
 import train
-from model import KEYS, LORA_LAYERS, add_lora, load, load_adapter, save_adapter, save_tokenizer
+from model import add_lora, load, load_adapter, save_adapter
 from sample import chat
-from tiny import SHARED, needs_shared, tiny, tokens
+from tiny import SHARED, llada_folder, needs_shared, qwen3_folder, tiny, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ('--sft_steps 3 --sft_batch 4 --grpo_steps 3 --num_prompts 2 --num_generations 2 '
          '--num_iterations 2 --gen_length 16 --block_length 8 --steps 8 --eval_n 3 '
          '--eval_lengths 8,16 --save_every 1 --beta 0.04 --temperature 3').split()
-LORA = ['--lora_rank', '4']
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts processes by os.fork')
+
+
+def put_grade(patch, grade):
+    patch.setitem(rewards.TASKS, 'gsm8k', rewards.TASKS['gsm8k']._replace(grade=grade))
 
 
 def varied_grade(text, example):
@@ -34,20 +37,14 @@ def varied_grade(text, example):
     return len(set(text)) / 10, len(text) % 2 == 0
 
 
-@pytest.fixture(scope='module', autouse=True)
-def varied_reward():
-    with pytest.MonkeyPatch.context() as patch:
-        task = rewards.TASKS['gsm8k']._replace(grade=varied_grade)
-        patch.setitem(rewards.TASKS, 'gsm8k', task)
-        yield
-
-
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
     """The folder of all runs, with 'whole', one that nothing has stopped."""
     folder = tmp_path_factory.mktemp('out')
-    run(folder, 'whole')
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        put_grade(patch, varied_grade)
+        run(folder, 'whole')
+        yield folder
 
 
 def run(out, name, *flags):
@@ -55,14 +52,11 @@ def run(out, name, *flags):
     return out / name
 
 
-def rows(path):
-    """The rows of a log without their timings."""
+def rows(path, stage=None):
+    """The rows of a log, or of one stage, without their timings."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if 'seconds' not in k} for row in found]
-
-
-def log(folder, stage):
-    return [row for row in rows(folder / 'log.jsonl') if row['stage'] == stage]
+    return [{k: v for k, v in row.items() if 'seconds' not in k} for row in found
+            if stage in (None, row['stage'])]
 
 
 def results(folder):
@@ -97,6 +91,7 @@ def assert_logs_close(one, two):
     for a, b in zip(rows(one / 'log.jsonl'), rows(two / 'log.jsonl'), strict=True):
         assert a.pop('stage') == b.pop('stage')
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert results(one) == results(two)
 
 
 def lines(path, *items):
@@ -105,40 +100,34 @@ def lines(path, *items):
     return str(path)
 
 
-def problem(question, answer=2):
-    return dict(question=question, answer=f'#### {answer}')
+def problem(question, **columns):
+    return dict(question=question, answer='#### 2', **columns)
 
 
 # ---- the recipe: what it trains and what it leaves ----
 
 def test_the_recipe_leaves_all_its_files(out):
     folder = out / 'whole'
-    named = {path.name for path in folder.iterdir()}
     generations = {f'{stage}_gsm8k_{length}_generations.json'
                    for stage in ('base', 'sft', 'grpo') for length in (8, 16)}
-    assert named == generations | {'config.json', 'log.jsonl', 'samples.jsonl', 'results.json',
-                                   'checkpoint.pt', 'model'}
+    assert {path.name for path in folder.iterdir()} == generations | {
+        'config.json', 'log.jsonl', 'samples.jsonl', 'results.json', 'checkpoint.pt', 'model'}
     found = [(row['stage'], row['step']) for row in rows(folder / 'log.jsonl')]
     assert found == [('sft', i) for i in range(3)] + [('grpo', i) for i in range(3)]
-    for row in log(folder, 'grpo'):
-        assert row['first_ratio'] == 1 and row['bad_updates'] == 0 and row['kl'] >= -1e-6
+    assert all(row['first_ratio'] == 1 for row in rows(folder / 'log.jsonl', 'grpo'))
     samples = rows(folder / 'samples.jsonl')
     assert [row['step'] for row in samples] == [0, 1, 2]
     assert len({row['question'] for row in samples}) == 3, 'new problems in each iteration'
     assert stages(folder) == ['constant', 'base', 'sft', 'grpo']
     scores = results(folder)['grpo']['gsm8k']
-    assert list(scores) == ['8', '16']
     saved = json.loads((folder / 'grpo_gsm8k_16_generations.json').read_text())
-    assert saved['metrics'] == scores['16'] and scores['16']['n'] == len(saved['generations']) == 3
-    assert (saved['gen_length'], saved['diffusion_steps']) == (16, 8)
+    assert list(scores) == ['8', '16'] and saved['metrics'] == scores['16']
+    assert scores['16']['n'] == len(saved['generations']) == 3
     model, _ = load(str(folder / 'model'))
     for name, tensor in checkpoint(folder)['weights'].items():
         assert torch.equal(model.get_parameter(name), tensor)
-
-
-def test_a_saved_model_is_evaluated_to_the_numbers_of_its_run(out):
-    again = run(out, 'evaluated', '--model', str(out / 'whole' / 'model'), '--eval_only')
-    assert results(again)['base'] == results(out / 'whole')['grpo']
+    again = run(out, 'evaluated', '--model', str(folder / 'model'), '--eval_only')
+    assert results(again)['base'] == results(folder)['grpo']
     assert not (again / 'log.jsonl').exists() and not (again / 'model').exists()
 
 
@@ -152,8 +141,8 @@ def test_the_seed_makes_the_run(out):
 
 
 def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
-    first = log(out / 'whole', 'grpo')[0]
-    fixed = log(run(out, 'fixed', '--fixed_mask', '--grpo_steps', '1'), 'grpo')[0]
+    first, *_ = rows(out / 'whole/log.jsonl', 'grpo')
+    [fixed] = rows(run(out, 'fixed', '--fixed_mask', '--grpo_steps', '1') / 'log.jsonl', 'grpo')
     assert fixed['reward'] == first['reward'] and fixed['loss'] != first['loss']
 
 
@@ -161,157 +150,80 @@ def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
 def test_one_stage_can_be_trained_alone(out, stage):
     alone = run(out, f'only-{stage}', '--stages', stage)
     assert stages(alone) == ['constant', 'base', stage]
-    same = rows(alone / 'log.jsonl') == log(out / 'whole', stage)
+    same = rows(alone / 'log.jsonl') == rows(out / 'whole/log.jsonl', stage)
     assert same == (stage == 'sft'), 'in the whole run diffu-GRPO goes on from SFT'
-
-
-def test_groups_of_equal_rewards_are_left_out_with_the_same_numbers(out, monkeypatch):
-    def grade(text, example):                    # about every second question teaches nothing
-        return len(set(text)) * (len(example['question']) % 2), False
-    task = rewards.TASKS['gsm8k']._replace(grade=grade)
-    monkeypatch.setitem(rewards.TASKS, 'gsm8k', task)
-    passes, completion_logps, rollout = [], train.completion_logps, train.rollout
-
-    def counted(*args):
-        passes.append(1)
-        return completion_logps(*args)
-
-    def never_flat(*args):
-        return [group._replace(advantages=group.advantages + 1e-30) for group in rollout(*args)]
-    monkeypatch.setattr(train, 'completion_logps', counted)
-    flags = '--stages grpo --beta 0 --learning_rate 1e-3 --num_prompts 4 --eval_lengths 8'.split()
-    cheap = run(out, 'flat-out', *flags)
-    num_passes = len(passes)
-    monkeypatch.setattr(train, 'rollout', never_flat)
-    whole = run(out, 'flat-in', *flags)
-    flat = sum(4 * row['flat_groups'] for row in log(cheap, 'grpo'))
-    assert 0 < flat < 12 and len(passes) - num_passes == 3 * 4 * 2
-    assert num_passes == (3 * 4 - flat) * 2
-    for ours, theirs in zip(log(cheap, 'grpo'), log(whole, 'grpo'), strict=True):
-        assert 'kl' not in ours, 'no KL was computed'
-        for name in ('reward', 'grad_norm', 'length'):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-
-
-@pytest.mark.parametrize('stage, loss', [('sft', 'masked_loss'), ('grpo', 'policy_loss')])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(out, monkeypatch, stage, loss):
-    original, losses = getattr(train, loss), []
-
-    def spoilt(*args):
-        result = original(*args)
-        losses.append(result)
-        if len(losses) != 2:
-            return result
-        return result * torch.nan if stage == 'sft' else (result[0] * torch.nan, result[1])
-    monkeypatch.setattr(train, loss, spoilt)
-    folder = run(out, f'skipped-{stage}', '--stages', stage)
-    is_bad = [row['grad_norm'] != row['grad_norm'] for row in rows(folder / 'log.jsonl')]    # nan
-    assert is_bad == [stage == 'grpo', stage == 'sft', False]
-    if stage == 'grpo':
-        assert [row['bad_updates'] for row in log(folder, 'grpo')] == [1, 0, 0]
-    base, _ = load('nano')
-    trained = checkpoint(folder)['weights']
-    assert all(tensor.isfinite().all() for tensor in trained.values())
-    assert not torch.equal(trained['wte.weight'], base.wte.weight), 'the others were made'
 
 
 def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(out):
     folder = run(out, 'half', '--dtype', 'bfloat16', '--stages', 'grpo', '--num_iterations', '1',
                  '--grpo_steps', '1')
-    trained = checkpoint(folder)['weights']
-    saved = load_file(folder / 'model/model.safetensors')
-    rounded = 0
-    for name, tensor in trained.items():
-        assert tensor.dtype == torch.float32
+    saved, finer = load_file(folder / 'model/model.safetensors'), 0
+    for name, tensor in checkpoint(folder)['weights'].items():
         assert torch.equal(saved['model.transformer.' + name], tensor.bfloat16())
-        rounded += not torch.equal(tensor, tensor.bfloat16().float())
-    assert rounded
+        finer += not torch.equal(tensor, tensor.bfloat16().float())
+    assert finer
     [row] = rows(folder / 'log.jsonl')
     assert row['first_ratio'] == 1 and row['kl'] == 0, 'the reference computes as the policy does'
 
 
-# ---- LoRA: from a folder in the layout of a published model to a folder in that layout ----
+# ---- LoRA: from a folder in a published layout to a folder in that layout ----
 
-def published(folder, layout):
-    """A small random model in bfloat16, with the nano tokenizer."""
-    model = tiny(layout=layout, qk_norm=layout == 'qwen3', embedding_size=907,
-                 max_sequence_length=1024)
-    if layout == 'qwen3':
-        sizes = {theirs: getattr(model.config, ours) for ours, theirs in KEYS['qwen3'].items()}
-        model.config.file_keys = dict(sizes, model_type='a2d-qwen3')
-    model.to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(folder, 'nano')
-    return str(folder)
-
-
-@pytest.fixture(params=['llada', 'qwen3'])
-def adapted(request, tmp_path):
-    """A base in the layout, the folder of its run with LoRA, and ids."""
-    base = published(tmp_path / 'base', request.param)
-    folder = run(tmp_path, 'lora', '--model', base, '--device', 'cpu', '--no-compile', *LORA,
-                 '--data', 'nano', '--eval_data', 'nano', '--sft_data', 'nano',
-                 '--sft_length', '64', '--learning_rate', '1e-2', '--sft_learning_rate', '1e-2')
-    return Path(base), folder, tokens(2, 9, high=900)
-
-
+@pytest.mark.parametrize('make', [pytest.param(llada_folder, marks=needs_shared), qwen3_folder])
 @torch.no_grad()
-def test_adapters_of_both_stages_become_one_and_a_merged_model(adapted):
-    base, folder, ids = adapted
+def test_adapters_of_both_stages_become_one_and_a_merged_model(out, tmp_path, make):
+    base, ids = tmp_path / 'base', tokens(2, 9, high=200)
+    make(base, dtype=torch.bfloat16)
+    flags = ('--device cpu --no-compile --lora_rank 4 --data nano --eval_data nano --sft_data nano '
+             '--sft_length 64 --learning_rate 1e-2 --sft_learning_rate 1e-2 --sft_batch 2')
+    with torch.enable_grad():
+        folder = run(tmp_path, 'lora', '--model', str(base), *flags.split())
     trained = checkpoint(folder)['weights']
-    names = {re.sub('blocks.[01].', '', name) for name in trained}
-    stage_layers = [('0', 'q_proj k_proj v_proj'), ('1', 'q_proj k_proj v_proj'), ('0', 'up_proj')]
-    assert names == {f'{layer}.adapters.{i}.{matrix}' for i, layers in stage_layers
-                     for layer in layers.split() for matrix in 'AB'}
-    assert all(p.dtype == torch.float32 and p.abs().sum() > 0 for p in trained.values())
-
+    sft, grpo = ('q_proj', 'k_proj', 'v_proj'), ('q_proj', 'k_proj', 'v_proj', 'up_proj')
     policy, _ = load(str(base))
     before = policy(ids)
-    add_lora(policy, 4, 8, ('q_proj', 'k_proj', 'v_proj'))       # SFT's
-    add_lora(policy, 4, 64, train.parse([]).lora_targets)        # diffu-GRPO's
+    add_lora(add_lora(policy, 4, 8, sft), 4, 64, grpo)
+    adapters = {name for name, _ in policy.named_parameters() if '.adapters.' in name}
+    assert trained.keys() == adapters
+    assert all(p.dtype == torch.float32 and p.abs().sum() > 0 for p in trained.values())
     policy.load_state_dict(trained, strict=False)
+    effect = (policy(ids) - before).abs().max()
     again, _ = load(str(base))
     load_adapter(folder / 'adapter', again)
-    assert len(again.blocks[0].q_proj.adapters) == 1
+    assert len(again.blocks[0].q_proj.adapters) == 1 and effect > 0.01
     torch.testing.assert_close(again(ids), policy(ids), atol=1e-4, rtol=1e-4)
-    assert (again(ids) - before).abs().max() > 0.01
-    merged, _ = load(str(folder / 'model'))
-    assert (merged(ids) - policy(ids)).abs().max() < 0.3 * (policy(ids) - before).abs().max()
-
+    merged, tokenizer = load(str(folder / 'model'))
+    assert (merged(ids) - policy(ids)).abs().max() < 0.2 * effect            # bfloat16
+    assert chat(tokenizer, 'How?') == chat(load(str(base))[1], 'How?')
     saved, source = (load_file(f / 'model.safetensors') for f in (folder / 'model', base))
     assert saved.keys() == source.keys()
-    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     changed = {name.split('.')[-2] for name in saved if not torch.equal(saved[name], source[name])}
-    assert changed == {'q_proj', 'k_proj', 'v_proj', 'up_proj'}
-    files = [path.name for path in base.iterdir() if 'model' not in path.name]
-    assert {'config.json', 'tokenizer.json', 'chat_template.jinja'} <= set(files)
-    for name in files:
-        assert (folder / 'model' / name).read_bytes() == (base / name).read_bytes()
+    assert changed == set(grpo)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@torch.no_grad()
 def test_evaluation_sees_what_was_trained_and_the_base_stays_as_it_is(out, monkeypatch, dtype):
-    ids, seen, graded_answers = tokens(2, 9, high=900), {}, train.graded_answers
+    ids, seen, graded_answers = tokens(2, 9), {}, train.graded_answers
 
-    @torch.no_grad()
     def spied(args, model, tokenizer, problems, length, label):
         seen[label.partition(':')[0]] = model(ids), model.blocks[0].q_proj.weight.clone()
         return graded_answers(args, model, tokenizer, problems, length, label)
     monkeypatch.setattr(train, 'graded_answers', spied)
-    # steps of 2e-5, which bfloat16 weights would not notice
-    folder = run(out, f'seen-{dtype}', '--stages', 'grpo', *LORA, '--dtype', dtype,
-                 '--eval_every', '2')
+    flags = ['--dtype', dtype, '--eval_lengths', '8']
+    with torch.enable_grad():                    # steps of 2e-5, which bfloat16 weights would lose
+        folder = run(out, f'seen-{dtype}', '--stages', 'grpo', '--lora_rank', '4', '--eval_every',
+                     '2', *flags)
     assert stages(folder) == ['constant', 'base', 'grpo-2', 'grpo']
     for label, name in (('grpo-2', 'adapter-2'), ('grpo', 'adapter')):
+        logits, weight = seen[label]
         model, _ = load('nano', getattr(torch, dtype))
+        assert torch.equal(model.blocks[0].q_proj.weight, weight)
+        assert not torch.equal(model(ids), logits)
         load_adapter(folder / name, model)
-        with torch.no_grad():
-            assert torch.equal(model(ids), seen[label][0]) and model.device.type == 'cpu'
-        assert torch.equal(model.blocks[0].q_proj.weight, seen[label][1])
-        assert not torch.equal(seen['base'][0], seen[label][0])
-        scored = run(out, f'scored-{name}-{dtype}', '--eval_only', '--dtype', dtype,
-                     '--adapter', str(folder / name))
-        assert results(scored)['base'] == results(folder)[label]
+        assert torch.equal(model(ids), logits)
     assert not torch.equal(seen['grpo-2'][0], seen['grpo'][0])
+    scored = run(out, f'scored-{dtype}', '--eval_only', '--adapter', str(folder / name), *flags)
+    assert results(scored)['base'] == results(folder)['grpo']
 
 
 # ---- problems ----
@@ -329,158 +241,95 @@ def tokenizer():
     return load('nano')[1]
 
 
-def problems_of(args, tokenizer):
+def training_problems(args, tokenizer):
     return train.Problems(args, tokenizer, train.load_test_sets(args, tokenizer))
 
 
 @pytest.fixture
-def files(tmp_path):
-    """A Sudoku, eight word problems, and six of which four are long."""
-    return dict(
-        puzzle=lines(tmp_path / 'puzzle.jsonl',
-                     dict(Puzzle='4320004330100004', Solution='4321124334122134')),
-        numbers=lines(tmp_path / 'numbers.jsonl', *[problem(str(i)) for i in range(8)]),
-        mixed=lines(tmp_path / 'mixed.jsonl',
-                    *[problem(f'{i} + 1 =' + ' x' * 99 * (i % 3 > 0)) for i in range(6)]))
+def mixed(tmp_path):
+    """Six word problems, of which four are long."""
+    questions = [f'{i} + 1 =' + ' x' * 99 * (i % 3 > 0) for i in range(6)]
+    return lines(tmp_path / 'mixed.jsonl', *map(problem, questions))
 
 
-def test_tasks_take_turns_and_each_may_have_its_own_source(files, tokenizer):
-    args = nano_args('--task', 'gsm8k,sudoku', '--data', files['numbers'] + ',nano')
-    tests = train.load_test_sets(args, tokenizer)
-    assert [len(tests[task]) for task in ('gsm8k', 'sudoku')] == [256, 256]
-    problems = train.Problems(args, tokenizer, tests)
+def test_tasks_take_turns_and_each_may_have_its_own_source(out, tmp_path, tokenizer):
+    numbers = lines(tmp_path / 'numbers.jsonl', *[problem(str(i)) for i in range(8)])
+    flags = '--task', 'gsm8k,sudoku', '--data', numbers + ',nano'
+    problems = training_problems(nano_args(*flags), tokenizer)
     drawn = [problems.draw(i) for i in range(16)]
     assert [task for task, _, _ in drawn] == ['gsm8k', 'sudoku'] * 8
     assert {example['question'] for _, _, example in drawn[::2]} == set('01234567')
     assert len({example['question'] for _, _, example in drawn[1::2]}) == 8
-    tasks = [row['task'] for row in rows(
-        run(Path(files['puzzle']).parent, 'two', '--task', 'gsm8k,sudoku', '--stages', 'grpo',
-            '--num_prompts', '1', '--grpo_steps', '2') / 'samples.jsonl')]
-    assert tasks == ['gsm8k', 'sudoku']
+    folder = run(out, 'two', *flags, '--stages', 'grpo', '--num_prompts', '1', '--eval_lengths',
+                 '8', '--prefill', '<reasoning>')
+    samples = rows(folder / 'samples.jsonl')
+    assert [row['task'] for row in samples] == ['gsm8k', 'sudoku', 'gsm8k']
+    assert all(row['completion'].startswith('<reasoning>') for row in samples)
+    # a task with a rule has a row for it
+    assert stages(folder) == ['constant', 'rule', 'base', 'grpo']
+    found = results(folder)
+    assert found['rule'].keys() == {'sudoku'} and found['base'].keys() == {'gsm8k', 'sudoku'}
+    assert found['rule']['sudoku']['8']['share'] > found['constant']['sudoku']['8']['share']
 
 
-def test_each_epoch_of_a_file_has_an_order_of_its_own(files, tokenizer):
-    orders = []
-    for seed in ('0', '1'):
-        args = nano_args('--data', files['numbers'], '--seed', seed)
-        problems = problems_of(args, tokenizer)
-        order = [problems.draw(i)[2]['question'] for i in range(16)]
-        assert sorted(order[:8]) == sorted(order[8:]) == list('01234567')
-        orders += [order[:8], order[8:]]
-    assert all(orders.count(order) == 1 for order in orders)
-
-
-def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(files, tokenizer, capsys):
-    args = nano_args('--data', files['mixed'], '--eval_data', files['mixed'], '--max_prompt', '64')
+def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(mixed, tokenizer, capsys):
+    args = nano_args('--data', mixed, '--eval_data', mixed, '--max_prompt', '64')
     [tests] = train.load_test_sets(args, tokenizer).values()
     assert [example['question'] for _, _, example in tests] == ['0 + 1 =', '3 + 1 =']
     assert '4 of 6' in capsys.readouterr().out
     problems = train.Problems(args, tokenizer, {})
-    drawn = [problems.draw(i)[2]['question'] for i in range(20)]
-    assert set(drawn) == {'0 + 1 =', '3 + 1 ='}
-    assert drawn == [train.Problems(args, tokenizer, {}).draw(i)[2]['question'] for i in range(20)]
+    assert {problems.draw(i)[2]['question'] for i in range(20)} == {'0 + 1 =', '3 + 1 ='}
 
 
 def test_training_problems_that_are_test_problems_are_left_out_and_counted(tmp_path, tokenizer,
                                                                            capsys):
-    """Whoever asks, in whatever case and order."""
-    test = lines(tmp_path / 'test.jsonl', problem('How  many?'), dict(problem('Why?'), asker='Al'))
+    """Whoever asks, in whatever order; a problem of another task is another."""
+    test = lines(tmp_path / 'test.jsonl', problem('How  many?'), problem('Why?', asker='Al'))
     data = lines(tmp_path / 'train.jsonl', problem('Which?'), problem('why?'),
-                 dict(problem('how many?'), asker='Eve'))
-    problems = problems_of(nano_args('--data', data, '--eval_data', test), tokenizer)
+                 problem('how many?', asker='Eve'))
+    problems = training_problems(nano_args('--data', data, '--eval_data', test), tokenizer)
     assert [example['question'] for example in problems.examples['gsm8k']] == ['Which?']
     assert '2 of 3' in capsys.readouterr().out
-    test = lines(tmp_path / 'test.jsonl', dict(nums=[1, 2, 3], target=6))
-    data = lines(tmp_path / 'train.jsonl', dict(nums=[3, 1, 2], target=6),
-                 dict(nums=[3, 1, 2], target=5))
+    test = lines(tmp_path / 'test.jsonl', dict(nums=[1, 2, 3], target=6, question='Why?', answer=5,
+                                               problem='Why?'))
+    data = lines(tmp_path / 'train.jsonl', dict(nums=[3, 1, 2], target=6, **problem('Why?')),
+                 dict(nums=[3, 1, 2], target=5, **problem('Who?')))
     args = nano_args('--task', 'countdown', '--data', data, '--eval_data', test)
-    problems = problems_of(args, tokenizer)
+    problems = training_problems(args, tokenizer)
     assert [example['answer'][1] for example in problems.examples['countdown']] == [5]
-    # a problem of one task is no test problem of another
-    args = nano_args('--task', 'gsm8k,math', '--data', 'nano', '--eval_data', 'nano')
-    assert [len(problems_of(args, tokenizer).examples[t]) for t in args.tasks] == [2000, 2000]
+    args = nano_args('--task', 'gsm8k,math', '--data', f'{data},nano', '--eval_data',
+                     f'nano,{test}')
+    assert len(training_problems(args, tokenizer).examples['gsm8k']) == 2
 
 
 def test_a_code_problem_that_fails_its_own_solution_is_never_drawn(tmp_path, tokenizer):
     def row(i, code):
         return dict(text=f'{i}', code=code, test_list=[f'assert f({i}) == {i}'])
-    data = lines(tmp_path / 'code.jsonl', row(1, 'def f(x): return x'), row(2, 'def f(x): return'),
-                 row(3, 'def f(x): return x + 0'))
+    data = lines(tmp_path / 'code.jsonl', row(1, 'def f(x): return x'), row(2, 'def f(x): return'))
     problems = train.Problems(nano_args('--task', 'code', '--data', data), tokenizer, {})
-    drawn = {problems.draw(i)[2]['answer']['tests'][0] for i in range(9)}
-    assert drawn == {'assert f(1) == 1', 'assert f(3) == 3'}
+    assert {problems.draw(i)[2]['answer']['tests'][0] for i in range(6)} == {'assert f(1) == 1'}
+
+
+def test_instructions_of_a_file_replace_those_of_every_task_and_the_prefill_follows(tmp_path):
+    _, tokenizer = load('nano')
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    (tmp_path / 'i.txt').write_text('Answer 5.\n')
+    args = llada_args('--instructions', str(tmp_path / 'i.txt'), '--prefill', '<answer>')
+    ids = train.encode(args, tokenizer, 'gsm8k', dict(question='1+1?'))
+    assert ids == tokenizer('Answer 5.\n\n1+1?<answer>')['input_ids']
 
 
 @needs_shared
 def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew(tokenizer):
+    def grids(questions):
+        return sorted(re.search('[0-4]{16}', question)[0] for question in questions)
     file = str(SHARED / 'data/sudoku_test.csv')
     args = llada_args('--task', 'sudoku', '--eval_data', file)
     [problems] = train.load_test_sets(args, tokenizer).values()
     theirs = []
     for part in (SHARED / 'data/llada_generations').glob('sudoku*'):
         theirs += [item['question'] for item in json.loads(part.read_text())['generations']]
-    ours = [example['question'] for _, _, example in problems]
-
-    def grids(questions):
-        return sorted(re.search('[0-4]{16}', question)[0] for question in questions)
-    assert grids(ours) == grids(theirs)
-
-
-def test_prefill_is_prompt_that_is_never_masked_and_text_that_is_rewarded(out, monkeypatch):
-    seen, masks = [], []
-    grade_all, completion_logps = rewards.grade_all, train.completion_logps
-
-    def graded(task, texts, examples):
-        seen.extend(texts)
-        return grade_all(task, texts, examples)
-
-    def kept(model, prompt_ids, completion_ids, prompt_mask, *rest):
-        masks.append((prompt_ids, prompt_mask))
-        return completion_logps(model, prompt_ids, completion_ids, prompt_mask, *rest)
-    monkeypatch.setattr(rewards, 'grade_all', graded)
-    monkeypatch.setattr(train, 'completion_logps', kept)
-    folder = run(out, 'prefilled', '--stages', 'grpo', '--prefill', '<reasoning>\n',
-                 '--p_mask_prompt', '0.9')
-    prefill = load('nano')[1]('<reasoning>\n')['input_ids']
-    constant = rewards.tagged('', rewards.TASKS['gsm8k'].constant_answer)
-    texts = set(seen) - {constant}
-    assert texts and all(text.startswith('<reasoning>\n') for text in texts)
-    for prompt_ids, prompt_mask in masks:
-        assert prompt_ids[0, -len(prefill):].tolist() == prefill
-        assert not prompt_mask[:, -len(prefill):].any() and prompt_mask.any()
-    assert rows(folder / 'samples.jsonl')[0]['completion'].startswith('<reasoning>\n')
-
-
-def test_instructions_of_a_file_replace_those_of_every_task(tmp_path):
-    _, tokenizer = load('nano')
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    (tmp_path / 'i.txt').write_text('Answer 5.\n')
-    args = llada_args('--instructions', str(tmp_path / 'i.txt'))
-    ids = train.encode(args, tokenizer, 'gsm8k', dict(question='1+1?'))
-    assert ids == tokenizer('Answer 5.\n\n1+1?')['input_ids']
-
-
-# ---- evaluation ----
-
-def test_every_answer_stands_with_its_own_problem(files, tokenizer, monkeypatch):
-    """A model that repeats its prompt: prompts go in by length, answers come out in order."""
-    args = nano_args('--eval_data', files['mixed'], '--max_prompt', '400', '--sample_batch', '2')
-    [problems] = train.load_test_sets(args, tokenizer).values()
-    sizes = []
-
-    def repeat(model, tokenizer, prompts, sampling, prefill):
-        sizes.append([len(prompt) for prompt in prompts])
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
-        return None, torch.ones(len(prompts), 5), None, texts
-    monkeypatch.setattr(train, 'sample_texts', repeat)
-    items = train.graded_answers(args, None, tokenizer, problems, 8, 'label')
-    lengths = [len(prompt) for _, prompt, _ in problems]
-    assert sum(sizes, []) == sorted(lengths) != lengths and max(map(len, sizes)) == 2
-    for (_, prompt, example), item in zip(problems, items, strict=True):
-        text = tokenizer.decode(prompt)
-        reward, correct = varied_grade(text, example)
-        assert item == dict(question=example['question'], generations=text, reward=reward,
-                            correct=correct, ground_truth=example['answer'], effective_tokens=5)
+    assert grids(example['question'] for _, _, example in problems) == grids(theirs)
 
 
 def test_code_is_evaluated_on_human_eval_and_mbpp_apart(tokenizer, monkeypatch):
@@ -499,40 +348,45 @@ def test_code_is_evaluated_on_human_eval_and_mbpp_apart(tokenizer, monkeypatch):
     assert accuracy == [1.0, 0.0], 'the constant answer returns x, which is right once'
 
 
-def test_a_task_with_a_rule_has_a_row_for_it_before_the_base(out, capsys):
-    folder = run(out, 'rule', '--task', 'gsm8k,sudoku', '--eval_only', '--eval_lengths', '8')
-    assert stages(folder) == ['constant', 'rule', 'base']
-    found = results(folder)
-    assert found['rule'].keys() == {'sudoku'} and found['base'].keys() == {'gsm8k', 'sudoku'}
-    share = found['rule']['sudoku']['8']['share']
-    assert share > found['constant']['sudoku']['8']['share']
-    assert f'{100 * share:.1f}' in capsys.readouterr().out
+# ---- evaluation ----
+
+def test_every_answer_stands_with_its_own_problem(mixed, tokenizer, monkeypatch):
+    """A model that repeats its prompt: prompts go in by length, answers come out in order."""
+    put_grade(monkeypatch, varied_grade)
+    args = nano_args('--eval_data', mixed, '--max_prompt', '400', '--sample_batch', '2')
+    [problems] = train.load_test_sets(args, tokenizer).values()
+    sizes = []
+
+    def repeat(model, tokenizer, prompts, sampling, prefill):
+        sizes.append([len(prompt) for prompt in prompts])
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        return None, torch.ones(len(prompts), 5), None, texts
+    monkeypatch.setattr(train, 'sample_texts', repeat)
+    items = train.graded_answers(args, None, tokenizer, problems, 8, 'label')
+    lengths = [len(prompt) for _, prompt, _ in problems]
+    assert sum(sizes, []) == sorted(lengths) != lengths and max(map(len, sizes)) == 2
+    for (_, prompt, example), item in zip(problems, items, strict=True):
+        text = tokenizer.decode(prompt)
+        reward, correct = varied_grade(text, example)
+        assert item == dict(question=example['question'], generations=text, reward=reward,
+                            correct=correct, ground_truth=example['answer'], effective_tokens=5)
 
 
-def test_the_table_has_a_row_per_stage_and_a_number_per_length():
+def test_the_table_has_a_row_per_stage_and_curves_follow_reward_and_length():
     def score(accuracy):
         return dict(accuracy=accuracy, low=0.0, high=1.0, share=accuracy, reward=accuracy * 3,
                     effective_tokens=7)
     found = dict(constant=dict(math={'8': score(0.125), '16': score(0.25)}), rule={},
                  base=dict(math={'8': score(0.375), '16': score(0.625)}))
-    args = nano_args('--eval_lengths', '8,16')
-    text = train.table(args, found)
+    text = train.table(nano_args('--eval_lengths', '8,16'), found)
     numbers = [[float(number) for number in re.findall(r'[0-9]+\.[0-9]+', line)]
                for line in text.splitlines()]
-    row = [12.5, 0, 100, 0.38, 7, 25, 0, 100, 0.75, 7]
-    assert [found for found in numbers if found] == [row, [37.5, 0, 100, 1.12, 7, 62.5, 0, 100,
-                                                           1.88, 7]]
-
-
-def test_curves_rise_and_fall_with_reward_and_length():
+    assert [row for row in numbers if row] == [[12.5, 0, 100, 0.38, 7, 25, 0, 100, 0.75, 7],
+                                               [37.5, 0, 100, 1.12, 7, 62.5, 0, 100, 1.88, 7]]
     log = [dict(loss=1.0)] + [dict(reward=i, length=5 - i) for i in range(4)]
-    reward, length = train.curves(log).splitlines()
-    bars = [re.search('[▁-█]+', line)[0] for line in (reward, length)]
-    assert bars[0] == ''.join(sorted(bars[0])) == bars[1][::-1]
-    assert bars[0][0] == '▁' and bars[0][-1] == '█' and len(bars[0]) == 4
-    assert train.curves([dict(loss=1.0)]) == ''
-    long = train.curves([dict(reward=1, length=1)] * 1000)
-    assert max(map(len, long.splitlines())) <= 100
+    rising, falling = (re.search('[▁-█]+', line)[0] for line in train.curves(log).splitlines())
+    assert rising == ''.join(sorted(rising)) == falling[::-1] and len(set(rising)) == 4
+    assert train.curves(log[:1]) == ''
 
 
 # ---- one process or two ----
@@ -569,8 +423,7 @@ class Stopped(BaseException):
 
 def run_until(number, argv):
     """train.run that ends when the call `number` of save_checkpoint begins."""
-    save_checkpoint = train.save_checkpoint
-    calls = []
+    save_checkpoint, calls = train.save_checkpoint, []
 
     def stopping(*args):
         calls.append(1)
@@ -586,15 +439,9 @@ def run_until(number, argv):
             pass
 
 
-def half_flat(text, example):
-    """Every second question teaches nothing, so that a process may have nothing to do."""
-    return len(set(text)) * (len(example['question']) % 2), len(text) % 2 == 0
-
-
 def assert_close(one, two):
     assert_logs_close(one, two)
     assert rows(one / 'samples.jsonl') == rows(two / 'samples.jsonl')
-    assert results(one) == results(two)
     torch.testing.assert_close(checkpoint(one)['weights'], checkpoint(two)['weights'], atol=1e-5,
                                rtol=0)
 
@@ -602,21 +449,20 @@ def assert_close(one, two):
 @needs_fork
 @pytest.mark.parametrize('flags', ['--lora_rank 4', '--beta 0'])
 def test_two_processes_equal_one_and_one_finishes_what_they_began(tmp_path, monkeypatch, flags):
-    """Shares that are not even: 3 test problems, SFT's 3 rows by 2."""
-    task = rewards.TASKS['gsm8k']._replace(grade=half_flat)
-    monkeypatch.setitem(rewards.TASKS, 'gsm8k', task)
+    """Shares that are not even: 3 test problems, SFT's 3 rows by 2, a process of flat groups."""
+    def half_flat(text, example):
+        return len(set(text)) * (len(example['question']) % 2), len(text) % 2 == 0
+    put_grade(monkeypatch, half_flat)
     flags = [*SMALL, '--sft_batch', '6', '--micro_batch', '2', '--num_generations', '4',
              '--sample_batch', '4', '--out', str(tmp_path), *flags.split()]
     train.main([*flags, '--name', 'one'])
-    grad_norms = [row['grad_norm'] for row in rows(tmp_path / 'one/log.jsonl')]
-    assert max(grad_norms) > 1e-3, 'or 1e-5 would say nothing'
     two_processes(run_until, None, [*flags, '--name', 'two'])
-    assert_close(tmp_path / 'one', tmp_path / 'two')
     two_processes(run_until, 5, [*flags, '--name', 'stopped'])
     assert checkpoint(tmp_path / 'stopped')['stage'] == 'grpo'
     assert not (tmp_path / 'stopped/model').exists()
     train.main([*flags, '--name', 'stopped', '--resume'])
-    assert_close(tmp_path / 'one', tmp_path / 'stopped')
+    for name in ('two', 'stopped'):
+        assert_close(tmp_path / 'one', tmp_path / name)
 
 
 # ---- a run that is killed, and goes on ----
@@ -653,12 +499,8 @@ def die_at(number, argv):
 @pytest.mark.parametrize('flags', ['', '--lora_rank 2 --save_every 2 --eval_every 1'])
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(out, tmp_path, flags):
     """Start number i dies 6 touches of the disk later than the one before, until one ends."""
-    flags = [*SMALL, '--name', 'run', *flags.split()]
-    whole = out / 'whole'
-    if len(flags) > len(SMALL) + 2:
-        train.main([*flags, '--out', str(tmp_path / 'whole')])
-        whole = tmp_path / 'whole/run'
-    flags += ['--out', str(tmp_path)]
+    whole = run(tmp_path, 'whole', *flags.split()) if flags else out / 'whole'
+    flags = [*SMALL, '--name', 'run', '--out', str(tmp_path), *flags.split()]
     deaths, status = 0, None
     while status != 0:
         resume = ['--resume'] if (tmp_path / 'run').exists() else []
@@ -675,36 +517,17 @@ def stop(out, name, number, *flags):
     return out / name
 
 
-def test_what_is_finished_is_not_repeated(out, monkeypatch):
-    folder = run(out, 'finished')
-    found = results(folder)
-    del found['grpo']['gsm8k']['16']
-    (folder / 'results.json').write_text(json.dumps(found))
-    labels, graded_answers = [], train.graded_answers
-
-    def spied(*args):
-        labels.append(args[-1])
-        return graded_answers(*args)
-    monkeypatch.setattr(train, 'graded_answers', spied)
-    for name in ('masked_loss', 'policy_loss', 'rollout'):
-        monkeypatch.setattr(train, name, None)
-    run(out, 'finished', '--resume')
-    assert len(labels) == 1 and content(folder) == content(out / 'whole')
-
-
 def test_the_same_command_begins_another_run_and_resume_goes_on_with_the_newest(out, capsys):
     one = ['--stages', 'sft', '--eval_lengths', '8']
-    for _ in range(2):
-        run(out, 'name', *one)
+    first, _ = run(out, 'name', *one), run(out, 'name', *one)
     stop(out, 'name', 2, *one)
-    kept = {name: content(out / name) for name in ('name', 'name-2')}
-    assert len(log(out / 'name-3', 'sft')) == 2 and not (out / 'name-3/model').exists()
+    kept = content(first)
+    assert kept == content(out / 'name-2') and not (out / 'name-3/model').exists()
     capsys.readouterr()
-    run(out, 'name', *one, '--resume', '--sft_learning_rate', '0')
-    assert '--sft_learning_rate' in capsys.readouterr().out, 'what has changed is said'
+    run(out, 'name', *one, '--resume', '--max_prompt', '63')
+    assert '--max_prompt' in capsys.readouterr().out, 'what has changed is said'
+    assert content(first) == content(out / 'name-2') == content(out / 'name-3') == kept
     assert not (out / 'name-4').exists()
-    assert (out / 'name-3/model').exists()
-    assert kept == {name: content(out / name) for name in kept} and kept['name'] == kept['name-2']
 
 
 @pytest.mark.parametrize('stage', ['sft', 'grpo'])
@@ -712,30 +535,32 @@ def test_a_learning_rate_given_with_resume_counts(out, stage):
     rate = dict(sft='--sft_learning_rate', grpo='--learning_rate')[stage]
     flags = ['--stages', stage, '--eval_lengths', '8']
     folder = stop(out, f'slower-{stage}', 3, *flags)
-    before = checkpoint(folder)
-    assert before['step'] == 2
+    before = checkpoint(folder)['weights']
     run(out, folder.name, *flags, '--resume', rate, '0')
-    torch.testing.assert_close(checkpoint(folder)['weights'], before['weights'], atol=0, rtol=0)
+    torch.testing.assert_close(checkpoint(folder)['weights'], before, atol=0, rtol=0)
+
+
+def test_more_lengths_with_resume_are_evaluated_right_or_refused(out):
+    run(out, 'longer', '--eval_lengths', '8')
+    try:
+        train.run([*SMALL, '--out', str(out), '--name', 'longer', '--resume'])
+    except SystemExit:
+        return
+    assert results(out / 'longer') == results(out / 'whole')
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(out):
     folder = stop(out, 'full', 5)
     kept = (folder / 'checkpoint.pt').read_bytes()
-    model, _ = load('nano')
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))         # bytes per file
     try:
         with pytest.raises(SystemExit) as end:
             train.run([*SMALL, '--out', str(out), '--name', 'full', '--resume'])
-        with pytest.raises(OSError):
-            train.save_model(folder / 'model', model, 'nano')
-        add_lora(model, 128, 128, LORA_LAYERS)
-        with pytest.raises(OSError):
-            save_adapter(out / 'full-adapter', model, 'nano')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert 'checkpoint.pt' in end.value.code and '\n' not in end.value.code
-    assert (folder / 'checkpoint.pt').read_bytes() == kept and not (folder / 'model').exists()
+    assert (folder / 'checkpoint.pt').read_bytes() == kept
     assert content(run(out, 'full', '--resume')) == content(out / 'whole')
 
 
@@ -747,15 +572,15 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_checkpoint_is_data_of_this_model_or_one_line(out, tmp_path):
-    folder = stop(out, 'spoilt', 5)
+def test_a_checkpoint_is_data_of_this_model_or_one_line(tmp_path):
+    folder = stop(tmp_path, 'spoilt', 2, '--stages', 'sft', '--eval_lengths', '8')
     good = checkpoint(folder)
     shapes = {**good['weights'], 'ln_f.weight': torch.ones(1)}               # would broadcast
     names = {'model.' + name: tensor for name, tensor in good['weights'].items()}
     for weights in (shapes, names, Bomb(str(tmp_path / 'exploded'))):
         torch.save(dict(good, weights=weights), folder / 'checkpoint.pt')
         with pytest.raises(ValueError):
-            run(out, 'spoilt', '--resume')
+            run(tmp_path, 'spoilt', '--stages', 'sft', '--eval_lengths', '8', '--resume')
     assert not (tmp_path / 'exploded').exists()
 
 
@@ -780,7 +605,7 @@ def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, ev
     assert (args.norm, args.eval_lengths) == ('token', [128, 256, 512])
 
 
-def test_given_flags_come_before_presets(out):
+def test_given_flags_come_before_the_presets_of_task_and_model(out):
     assert llada_args('--task', 'sudoku', '--num_iterations', '2').num_iterations == 2
     assert llada_args('--task', 'gsm8k,sudoku').num_iterations == 12, 'a preset is of one task'
     assert train.parse(['--model', str(out / 'whole/model')]).gen_length == 32, 'nano, trained'
@@ -791,20 +616,15 @@ def test_help_has_every_flag_in_its_group_and_its_default_once(capsys):
     with pytest.raises(SystemExit):
         train.parse(['--help'])
     text = capsys.readouterr().out
-    names = []
     for heading, flags in train.FLAGS.items():
         _, found, text = text.partition(f'\n{heading}:\n')
         assert found
-        names += [name for name, *_ in flags]
-        group = '\n' + text.split('\n\n')[0]
-        for (name, nano, llada, *_), part in zip(flags, group.split('\n  --')[1:], strict=True):
+        parts = ('\n' + text.split('\n\n')[0]).split('\n  --')[1:]
+        for (name, nano, llada, *_), part in zip(flags, parts, strict=True):
+            shown = f'nano {nano}, LLaDA {llada}' if nano != llada else nano
             assert re.match(rf'{name}\b', part)
-            shown = ' '.join(part.split())
-            if nano != llada:
-                assert shown.count(f'[nano {nano}, LLaDA {llada}]') == shown.count('[') == 1
-            elif nano:
-                assert shown.count(f'[{nano}]') == shown.count('[') == 1
-    assert len(set(names)) == len(names)
+            if shown:                            # else it is off
+                assert ' '.join(part.split()).count(f'[{shown}]') == part.count('[') == 1
 
 
 # One bad input per kind of mistake, and what the line must name; F is a folder of files.
@@ -815,10 +635,13 @@ BAD = [
     ('--task gsm9k', 'gsm9k'),
     ('--task math,math', 'math'),
     ('--gen_length 20', 'gen_length'),
+    ('--steps -2', 'steps'),
     ('--eval_lengths 12', 'eval_lengths'),
-    ('--eval_lengths half', 'eval_lengths'),
     ('--num_generations 1', 'num_generations'),
     ('--num_prompts 0', 'num_prompts'),
+    ('--sft_length 0', 'sft_length'),
+    ('--lora_rank -1', 'lora_rank'),
+    ('--learning_rate -1', 'learning'),
     ('--lora_rank 4 --lora_targets q_projection', 'lora_targets'),
     ('--max_prompt 500', 'max_prompt'),                          # more than the model takes
     ('--max_prompt 5', 'max_prompt'),                            # no prompt is shorter
@@ -827,7 +650,6 @@ BAD = [
     ('--out F/good.jsonl', 'good.jsonl'),
     ('--instructions F/nowhere.txt', 'nowhere.txt'),
     ('--data F/nowhere.jsonl', 'nowhere.jsonl'),
-    ('--data F/cut.jsonl', 'cut.jsonl'),
     ('--data F/good.jsonl,F/good.jsonl', '--data'),              # for one task
     ('--data F/good.jsonl --eval_data F/good.jsonl', 'data'),    # no training problem is left
     ('--eval_data F/column.jsonl', 'column.jsonl'),
@@ -836,54 +658,42 @@ BAD = [
     ('--device cpu --model F', 'config.json'),
     ('--adapter F/nowhere', 'nowhere'),
     ('--adapter F/foreign', 'foreign'),                          # of another model
-    ('--name begun --resume', 'begun'),                          # its checkpoint is none
 ]
 
 
-@pytest.fixture(scope='module')
-def bad_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('files')
-    lines(folder / 'good.jsonl', problem('How many?'))
-    lines(folder / 'column.jsonl', dict(question='How many?'))
-    (folder / 'cut.jsonl').write_text('{"question": "How')
-    save_adapter(folder / 'foreign', add_lora(tiny(), 2, 2), '')
-    return folder
-
-
 @pytest.mark.parametrize('flags, named', BAD)
-def test_a_bad_input_is_one_line_and_leaves_nothing(bad_files, tmp_path, monkeypatch, capsys,
-                                                    flags, named):
+def test_a_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, flags, named):
+    lines(tmp_path / 'good.jsonl', problem('How many?'))
+    lines(tmp_path / 'column.jsonl', dict(question='How many?'))
+    save_adapter(tmp_path / 'foreign', add_lora(tiny(), 2, 2), '')
     monkeypatch.chdir(tmp_path)                  # out/ would be here
-    if 'begun' in flags:
-        (tmp_path / 'out/begun').mkdir(parents=True)
-        (tmp_path / 'out/begun/checkpoint.pt').write_bytes(b'text')
-    before = sorted([*tmp_path.rglob('*'), *bad_files.rglob('*')])
+    before = sorted(tmp_path.rglob('*'))
     with pytest.raises(SystemExit) as end:
-        train.run([*SMALL, *re.sub('(^|[ ,])F', rf'\1{bad_files}', flags).split()])
-    said = capsys.readouterr().err.splitlines()[-1:] if end.value.code == 2 else [end.value.code]
-    assert end.value.code and '\n' not in said[0] and named in said[0], said
-    if 'begun' not in flags:
-        assert sorted([*tmp_path.rglob('*'), *bad_files.rglob('*')]) == before
+        train.run([*SMALL, *re.sub('(^|[ ,])F', rf'\1{tmp_path}', flags).split()])
+    said = end.value.code
+    if said == 2:                                # argparse has printed its usage and a line
+        said = capsys.readouterr().err.splitlines()[-1]
+    assert '\n' not in said and named in said
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 # ---- --compile ----
 
 def test_compiled_blocks_give_the_same_numbers_and_nothing_runs_eagerly(out, monkeypatch):
-    original = torch.nn.Module.compile
+    compile_module = torch.nn.Module.compile
 
     def cheap(block, **keys):                    # no C compiler is needed
-        original(block, backend='eager', **keys)
+        compile_module(block, backend='eager', **keys)
     monkeypatch.setattr(torch.nn.Module, 'compile', cheap)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = run(out, 'compiled', '--compile')
     frames = torch._dynamo.utils.counters['frames']
     assert 8 < frames['total'] == frames['ok'], "8 is torch's limit"
-    assert results(compiled) == results(out / 'whole')
     assert_logs_close(compiled, out / 'whole')
 
 
-# ---- python sample.py ----
+# ---- python sample.py, without a run ----
 
 def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
         tmp_path, monkeypatch, capsys):
@@ -899,12 +709,13 @@ def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
         sample.main()
         return capsys.readouterr().out
     monkeypatch.chdir(tmp_path)                  # without out/
-    example = rewards.load_examples('gsm8k', 'nano', 'test')[0]
     text = shown()
-    assert text.startswith('nano: ') and example['question'] in text
-    base = published(tmp_path / 'base', 'llada')
+    assert text.startswith('nano: ')
+    assert rewards.load_examples('gsm8k', 'nano', 'test')[0]['question'] in text
+    qwen3_folder(tmp_path / 'base')
+    base = str(tmp_path / 'base')
     _, tokenizer = load(base)
-    prompt = tokenizer.decode(chat(tokenizer, 'How many?'))
+    prompt = tokenizer.decode(chat(tokenizer, 'How many?'))      # and no instructions
     assert shown('--model', base, '--prompt', 'How many?').startswith(f'{base}: {prompt}\n')
     assert lengths == [(32, 8, 16), (256, 32, 128)]
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--model', 'nowhere/nothing'])
