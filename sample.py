@@ -121,7 +121,7 @@ def check_lengths(gen_length, block_length, steps):
     if block_length < 1 or gen_length < 1 or gen_length % block_length:
         raise ValueError(f'gen_length {gen_length} is no multiple of block_length {block_length}')
     blocks = gen_length // block_length
-    if steps % blocks or steps == 0:
+    if steps % blocks or steps < 1:
         raise ValueError(f'steps {steps} is no multiple of the {blocks} blocks of a completion')
 
 

@@ -112,6 +112,8 @@ FLAGS = {
         ('eval_every', 0, 0, 'outer iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
 }
+AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
+                'sft_length', 'micro_batch', 'save_every')
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20)},                      # a short first run
     'LLaDA': {'math': dict(grpo_steps=550),
@@ -132,6 +134,8 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
     prompts_per_call = max(1, args.sample_batch // args.num_generations)
     num_prefill = len(prefill_ids(args, tokenizer))
     start = load_checkpoint(args, 'grpo', model, optimizer)
+    for param_group in optimizer.param_groups:   # a resumed run may have been given another rate
+        param_group['lr'] = args.learning_rate
     for step in progress_bar('grpo', start, args.grpo_steps):                                  # 2
         # before the step and not after it, so that a resumed run makes up for a killed evaluation
         if args.eval_every and step and step % args.eval_every == 0:
@@ -195,8 +199,8 @@ def train_sft(args, model, pairs):
     for step in progress_bar('sft', start, args.sft_steps):
         began = time.time()
         warm_up = min(1, 20 * (step + 1) / args.sft_steps)       # over the first 5 % of the steps
-        for group in optimizer.param_groups:
-            group['lr'] = args.sft_learning_rate * warm_up * (1 - step / args.sft_steps)
+        for param_group in optimizer.param_groups:
+            param_group['lr'] = args.sft_learning_rate * warm_up * (1 - step / args.sft_steps)
         # the same batch on every process; each takes its share of the rows
         batch = draw_batch(pairs, step, args.sft_batch, args.sft_length, eos_id, args.seed,
                            args.device)
@@ -251,7 +255,8 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
         rows.append(dict(reward=group.rewards.mean().item(),
                          flat_groups=float(not group.advantages.any()),      # equal rewards
                          length=group.completion_mask.sum(1).float().mean().item()))
-    line = dict(stage='grpo', step=step) | means(gather(rows)) | means(gather(stats))
+    stats = gather(stats)
+    line = dict(stage='grpo', step=step) | means(gather(rows)) | means(stats)
     if stats and 'ratio' in stats[0]:            # 1, for nothing had been updated
         line['first_ratio'] = stats[0]['ratio']
     line['grad_norm'] = mean(grad_norms)
@@ -597,7 +602,7 @@ def load_checkpoint(args, stage, model, optimizer):
         try:
             checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
             for name, p in trained_weights(args, model).items():
-                p.copy_(checkpoint['weights'][name])
+                p.copy_(checkpoint['weights'][name].view(p.shape))           # no broadcasting
             optimizer.load_state_dict(checkpoint['optimizer'])
         except Exception as e:                   # torch.load raises whatever it likes
             raise ValueError(f'{path} is no checkpoint of this model ({type(e).__name__}): leave '
@@ -694,10 +699,10 @@ def check(args):
         raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}')
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions')
-    for name in ('num_prompts', 'sft_batch', 'num_iterations', 'sample_batch', 'micro_batch',
-                 'save_every', 'num_views'):
-        if getattr(args, name) < 1:
-            raise ValueError(f'--{name} must be at least 1')
+    for name, value in vars(args).items():
+        least = 1 if name in AT_LEAST_ONE else 0
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f'--{name} {value} is below {least}')
     for name in ('num_prompts', 'sft_batch'):    # else some would wait for others' gradients
         if getattr(args, name) % world_size():
             raise ValueError(f'--{name} is no multiple of the {world_size()} processes')
@@ -730,13 +735,15 @@ def run_folder(args):
     kind = '+'.join(args.stages) or 'eval'
     name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
     folder, last, number = Path(args.out, name), None, 1
-    while Path(folder, 'config.json').exists():
+    while folder.exists():
         last, number = folder, number + 1
         folder = Path(args.out, f'{name}-{number}')
     if not args.resume:
         return str(folder)
     if not last:
         raise ValueError(f'{folder} holds no run to go on with: leave out --resume')
+    if not Path(last, 'config.json').exists():   # it was killed at once
+        return str(last)
     for flag, before in read_json(last, 'config.json').items():
         if flag not in ('resume', 'folder') and before != vars(args).get(flag, before):
             print0(f'note: {last} was begun with --{flag} {before}')
@@ -787,7 +794,7 @@ def main(argv=None):
         for block in model.blocks:
             block.compile(dynamic=True)
     results = scores_without_a_model(args, tokenizer, test_sets)
-    write_json(args, 'results.json', results | read_results(args))
+    write_json(args, 'results.json', read_results(args) | results)
     evaluate(args, model, tokenizer, test_sets, 'base')
     for stage in args.stages:
         train_stage(args, stage, model, tokenizer, problems, pairs, test_sets)

@@ -68,8 +68,14 @@ def stages(folder):
     return [stage for stage, scores in results(folder).items() if scores]
 
 
+def last_checkpoint(folder):
+    """The path of the newest stage's."""
+    path = folder / 'grpo.pt'
+    return path if path.exists() else folder / 'sft.pt'
+
+
 def checkpoint(folder):
-    return torch.load(folder / 'checkpoint.pt', weights_only=True)           # plain data
+    return torch.load(last_checkpoint(folder), weights_only=True)            # plain data
 
 
 def content(folder):
@@ -77,8 +83,8 @@ def content(folder):
     found = {}
     for path in folder.rglob('*.*'):
         name = str(path.relative_to(folder))
-        if name == 'checkpoint.pt':
-            weights = checkpoint(folder)['weights']
+        if path.suffix == '.pt':
+            weights = torch.load(path, weights_only=True)['weights']
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in weights.items()}
         elif path.suffix == '.jsonl':
             found[name] = rows(path)
@@ -111,7 +117,7 @@ def test_the_recipe_leaves_all_its_files(out):
     generations = {f'{stage}_gsm8k_{length}_generations.json'
                    for stage in ('base', 'sft', 'grpo') for length in (8, 16)}
     assert {path.name for path in folder.iterdir()} == generations | {
-        'config.json', 'log.jsonl', 'samples.jsonl', 'results.json', 'checkpoint.pt', 'model'}
+        'config.json', 'log.jsonl', 'samples.jsonl', 'results.json', 'sft.pt', 'grpo.pt', 'model'}
     found = [(row['stage'], row['step']) for row in rows(folder / 'log.jsonl')]
     assert found == [('sft', i) for i in range(3)] + [('grpo', i) for i in range(3)]
     assert all(row['first_ratio'] == 1 for row in rows(folder / 'log.jsonl', 'grpo'))
@@ -458,7 +464,7 @@ def test_two_processes_equal_one_and_one_finishes_what_they_began(tmp_path, monk
     train.main([*flags, '--name', 'one'])
     two_processes(run_until, None, [*flags, '--name', 'two'])
     two_processes(run_until, 5, [*flags, '--name', 'stopped'])
-    assert checkpoint(tmp_path / 'stopped')['stage'] == 'grpo'
+    assert checkpoint(tmp_path / 'stopped')['step'] == 1
     assert not (tmp_path / 'stopped/model').exists()
     train.main([*flags, '--name', 'stopped', '--resume'])
     for name in ('two', 'stopped'):
@@ -551,7 +557,7 @@ def test_more_lengths_with_resume_are_evaluated_right_or_refused(out):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(out):
     folder = stop(out, 'full', 5)
-    kept = (folder / 'checkpoint.pt').read_bytes()
+    kept = last_checkpoint(folder).read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))         # bytes per file
     try:
@@ -559,8 +565,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(out):
             train.run([*SMALL, '--out', str(out), '--name', 'full', '--resume'])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert 'checkpoint.pt' in end.value.code and '\n' not in end.value.code
-    assert (folder / 'checkpoint.pt').read_bytes() == kept
+    assert 'grpo.pt' in end.value.code and '\n' not in end.value.code
+    assert last_checkpoint(folder).read_bytes() == kept
     assert content(run(out, 'full', '--resume')) == content(out / 'whole')
 
 
@@ -578,7 +584,7 @@ def test_a_checkpoint_is_data_of_this_model_or_one_line(tmp_path):
     shapes = {**good['weights'], 'ln_f.weight': torch.ones(1)}               # would broadcast
     names = {'model.' + name: tensor for name, tensor in good['weights'].items()}
     for weights in (shapes, names, Bomb(str(tmp_path / 'exploded'))):
-        torch.save(dict(good, weights=weights), folder / 'checkpoint.pt')
+        torch.save(dict(good, weights=weights), last_checkpoint(folder))
         with pytest.raises(ValueError):
             run(tmp_path, 'spoilt', '--stages', 'sft', '--eval_lengths', '8', '--resume')
     assert not (tmp_path / 'exploded').exists()
