@@ -146,36 +146,36 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
     rows = torch.arange(B, device=ids.device)                    # (R,): those without an end so far
     for start in range(P, P + gen_length, block_length):
         stop = start + block_length
-        block = torch.arange(start, stop, device=ids.device)
         active = rows                                # (A,): those with masks left in the block
         kv = model.new_cache(len(rows), ids.size(1)) if cache else None
         block_step = 0
         while len(active):
+            is_mask = ids[active, start:stop] == mask_id                     # (A, block_length)
+            places = torch.arange(block_length, device=ids.device).expand_as(is_mask)
+            if not threshold:                        # then every row has as many masks
+                places = is_mask.nonzero()[:, 1].view(len(active), -1)       # (A, n)
             # with a cache the first step of a block sees all tokens, the others only the block
             left = start if cache and block_step else 0
             right = stop if left else ids.size(1)
             seen = None if real is None else real[active]
-            positions = (block - left).expand(len(active), -1)               # (A, block_length)
-            logits = model(ids[active, left:right], seen, positions, kv, left)
+            logits = model(ids[active, left:right], seen, start - left + places, kv, left)
             logits[..., mask_id] = -torch.inf
             row_generators = [generators[row] for row in active.tolist()]
             tokens, confidence = choose(logits, temperature, row_generators)
-            before = ids[active, start:stop]                                 # (A, block_length)
-            is_mask = before == mask_id
-            confidence = confidence.masked_fill(~is_mask, -1)
+            confidence = confidence.masked_fill(~is_mask.gather(1, places), -1)
             count = 1 if threshold else counts[block_step]
             surest = confidence.topk(count).indices
-            commit = torch.zeros_like(is_mask).scatter(1, surest, True)      # (A, block_length)
+            commit = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, surest, True)
             if threshold:
                 commit |= confidence >= threshold
-            ids[active, start:stop] = tokens.where(commit, before)
-            steps_before = commit_steps[active, start:stop]
-            commit_steps[active, start:stop] = step[active].where(commit, steps_before)
+            committed = active[:, None].expand_as(places)[commit], (start + places)[commit]
+            ids[committed] = tokens[commit]
+            commit_steps[committed] = step[active].expand_as(places)[commit]
             step[active] += 1
             block_step += 1
-            unfilled = (is_mask & ~commit).any(dim=1)                        # (A,)
+            unfilled = (ids[active, start:stop] == mask_id).any(dim=1)       # (A,)
             active = active[unfilled]
-            if cache:
+            if cache and not unfilled.all():
                 kv = [layer[:, unfilled] for layer in kv]
         # as in generate
         ended = has_end(ids[rows, start:stop], model.config)
