@@ -148,25 +148,21 @@ def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask
     total = torch.zeros(B, L, device=prompt_ids.device)
     for step in range(int(commit_steps.max()) + 1):
         committed = drawn & (commit_steps == step)                           # (B, L): S
-        still_masked = (commit_steps >= step) | ~drawn
-        in_block = committed.unflatten(1, (-1, block_length)).any(2)         # (B, blocks)
+        in_block = committed.view(B, -1, block_length).any(dim=2)            # (B, blocks)
         in_block = in_block.repeat_interleave(block_length, dim=1)           # (B, L)
-        passed_over = still_masked & in_block & ~committed                   # (B, L): not in S
-        completion = completion_ids.masked_fill(still_masked, mask_id)
+        passed_over = in_block & (commit_steps > step)                       # (B, L): not in S
+        completion = completion_ids.masked_fill(commit_steps >= step, mask_id)
         logits = model(torch.cat((prompt_ids, completion), dim=1), None, positions).float()
-        banned = torch.arange(logits.size(-1), device=logits.device) == mask_id
-        logits = logits.masked_fill(banned, -torch.inf)                      # (B, L, V)
-        logp = logits.log_softmax(-1)                                        # at temperature 1
-        logp_T = (logits / temperature).log_softmax(-1)
+        logits[..., mask_id] = -torch.inf                                    # is never drawn
+        logp = logits.log_softmax(-1)                                        # (B, L, V): p
+        logp_T = (logits / temperature).log_softmax(-1)                      # p^T
         tokens = completion_ids.unsqueeze(-1)                                # (B, L, 1)
         own = logp_T.gather(-1, tokens)[..., 0]                              # (B, L)
         confidence = logp.gather(-1, tokens)[..., 0].masked_fill(~committed, torch.inf)
-        c = confidence.amin(dim=1)[:, None, None]                            # (B, 1, 1)
-        # what is as sure as c may lose the tie
-        less_sure = logp.exp() < c.exp() + TIE                               # (B, L, V)
-        less_sure |= ~passed_over.unsqueeze(-1)                  # where it does not count
+        c = confidence.amin(dim=1)[:, None, None].exp()                      # (B, 1, 1)
+        less_sure = logp.exp() < c + TIE         # (B, L, V); what is as sure as c may lose the tie
+        less_sure |= ~passed_over.unsqueeze(-1)                  # elsewhere the sum is 1
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
-        others = others.masked_fill(~passed_over, 0).sum(1, keepdim=True)    # (B, 1)
-        share = others / committed.sum(1, keepdim=True).clamp(min=1)
+        share = others.sum(1, keepdim=True) / committed.sum(1, keepdim=True).clamp(min=1)
         total = total + (own + share) * committed
     return total

@@ -260,13 +260,11 @@ def main():
     p.add_argument('--model', nargs='*', help="folders or hub ids [the newest in out/, or 'nano']")
     p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem to show')
     p.add_argument('--prompt', default='', help='ask this instead')
-    p.add_argument('--gen_length', type=int, help="tokens [as --block_length and --steps, the "
-                   "model's defaults in train.py]")
-    p.add_argument('--block_length', type=int)
-    p.add_argument('--steps', type=int)
+    p.add_argument('--gen_length', type=int, help="tokens, in half as many steps [the model's "
+                   'default in train.py]')
     p.add_argument('--temperature', type=float, default=0.0)
-    p.add_argument('--cache', action='store_true', help='keep keys and values; not exact')
-    p.add_argument('--threshold', type=float, default=0.0, help='commit all tokens this sure')
+    p.add_argument('--threshold', type=float, default=0.0,
+                   help='commit every token of this confidence, at least one (0 = off)')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
     args = p.parse_args()
     question = args.prompt
@@ -284,9 +282,8 @@ def main():
         prompt = chat(tokenizer, question)
         print(f'{name}: {tokenizer.decode(prompt)}')
         ids, commit_steps = generate(
-            model, torch.tensor([prompt], device=device), gen_length,
-            args.block_length or defaults['block_length'], args.steps or gen_length // 2,
-            args.temperature, cache=args.cache, threshold=args.threshold,
+            model, torch.tensor([prompt], device=device), gen_length, defaults['block_length'],
+            gen_length // 2, args.temperature, threshold=args.threshold,
             generators=[torch.Generator(device).manual_seed(args.seed)])
         show(tokenizer, model.config, ids[0], commit_steps[0])
 
