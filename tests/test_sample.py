@@ -352,7 +352,7 @@ def test_the_script_shows_a_completion_of_the_newest_model(tmp_path, monkeypatch
     first = shown('--prompt', 'How many?')
     assert 'How many?' in first and '\n   2 ' in first
     assert shown('--prompt', 'How many?') == first != shown('--prompt', 'How many?', '--seed', '1')
-    asked = shown('--task', 'sudoku', '--seed', '4', '--cache', '--gen_length', '8')
+    asked = shown('--task', 'sudoku', '--seed', '4', '--gen_length', '8')
     assert "('sudoku', 'nano', 'test') 1?" in asked
     dots = [line.count('.') for line in asked.splitlines() if line.startswith('   ')]
     assert dots == [6, 4, 2, 0], 'masks are dots'
