@@ -432,7 +432,7 @@ def graded_items(task, texts, examples, tokens):
 
 def scores_without_a_model(args, tokenizer, test_sets):
     """Rows for results.json: one answer to all, and a task's rule, which looks at the problem."""
-    results = dict(constant={}, rule={})
+    results = dict(constant={})
     for name, problems in test_sets.items():
         task = problems[0][0]
         examples = [example for _, _, example in problems]
@@ -445,7 +445,7 @@ def scores_without_a_model(args, tokenizer, test_sets):
             ids = tokenizer(texts, add_special_tokens=False)['input_ids']
             tokens = [len(text_ids) + 1 for text_ids in ids]     # and the end
             score = rewards.summary(graded_items(task, texts, examples, tokens))
-            results[row][name] = {str(length): score for length in args.eval_lengths}
+            results.setdefault(row, {})[name] = {str(length): score for length in args.eval_lengths}
     return results
 
 
@@ -483,10 +483,10 @@ def curves(log):
     lines = []
     for name in ('reward', 'length'):
         values = [row[name] for row in log if name in row]
-        values = values[::len(values) // 60 + 1]
         if values:
             low, span = min(values), max(values) - min(values)
-            levels = [int(7.99 * (value - low) / span) if span else 0 for value in values]
+            levels = [int(7.99 * (value - low) / span) if span else 0
+                      for value in values[::len(values) // 60 + 1]]
             bars = ''.join('▁▂▃▄▅▆▇█'[level] for level in levels)
             lines.append(f'{name:6} {bars} {values[0]:.2f} to {values[-1]:.2f}')
     return '\n'.join(lines)
@@ -673,7 +673,7 @@ def parse(argv=None):
             kind = dict(type=type(nano), choices=choices[0] if choices else None, metavar='')
             if isinstance(nano, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
-            text = f'{text} [{default}]' if default else text
+            text = text if default == '' else f'{text} [{default}]'
             group.add_argument(f'--{name}', help=text.replace('%', '%%'), **kind)
     given = vars(p.parse_args(argv))
     settings = defaults(given.get('model', 'nano'), given.get('task', 'gsm8k'))
