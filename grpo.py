@@ -133,20 +133,20 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
 
 
 @torch.no_grad()
-def old_and_ref_logps(model, reference, group, prompt_mask, views, loss, beta):
+def old_and_ref_logps(model, reference, group, prompt_mask, views, loss_name, beta):
     """Old and reference log-probs of a group, (G, L) each, or None where the loss asks for none.
 
     model is pi_old as long as nothing has been updated. reference: the policy itself, whose last
     adapter is off here, or a frozen copy of it.
     """
-    if loss == 'wd1':
+    if loss_name == 'wd1':
         return None, None
-    tensors = group.prompt_ids, group.completion_ids, prompt_mask, group.completion_mask, views
-    old_logps = completion_logps(model, *tensors)
+    inputs = group.prompt_ids, group.completion_ids, prompt_mask, group.completion_mask, views
+    old_logps = completion_logps(model, *inputs)
     if not beta:
         return old_logps, None
     with last_adapter_off(reference):            # a frozen copy stays as it is
-        return old_logps, completion_logps(reference, *tensors)
+        return old_logps, completion_logps(reference, *inputs)
 
 
 # ---- other losses: grpo_loss's arguments as far as they need them, the same statistics ----
@@ -181,6 +181,7 @@ def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilo
     """
     tensors = logps, old_logps, ref_logps
     _, stats = grpo_loss(*tensors, advantages, completion_mask, epsilon, beta)
+    # without advantages the KL term is all of the loss
     kl_term, _ = grpo_loss(*tensors, 0 * advantages, completion_mask, epsilon, beta)
     ratio = (logps - old_logps).clamp(max=80).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * completion_mask        # (B, L)
@@ -198,18 +199,18 @@ def wd1_loss(logps, advantages, completion_mask):
     return -(weights * means).sum(), {}
 
 
-def policy_loss(loss, logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta,
-                norm):
+def policy_loss(loss_name, logps, old_logps, ref_logps, advantages, completion_mask, epsilon,
+                beta, norm):
     """The loss of this name and its statistics; arguments as in grpo_loss.
 
     norm is for 'grpo' only; 'wd1' takes no epsilon and beta either.
     """
     tensors = logps, old_logps, ref_logps, advantages, completion_mask
-    if loss == 'wd1':
+    if loss_name == 'wd1':
         return wd1_loss(logps, advantages, completion_mask)
-    if loss == 'espo':
+    if loss_name == 'espo':
         return espo_loss(*tensors, epsilon, beta)
-    if loss == 'stable':
+    if loss_name == 'stable':
         return stable_loss(*tensors, epsilon, beta)
-    assert loss == 'grpo', loss
+    assert loss_name == 'grpo', loss_name
     return grpo_loss(*tensors, epsilon, beta, norm)

@@ -43,7 +43,7 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     prompt_ids (B, P), completion_ids (B, L) int64; prompt_mask (B, P) bool, True = masked;
     completion_mask (B, L) bool: the tokens that count, the others get 0; None = all count.
     New, old and reference log-probs are comparable only under the same prompt_mask and views.
-    views: those of another estimator.
+    views: those of another estimator; None = d1's one.
     """
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
@@ -61,7 +61,7 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
 
 # ---- other estimators: what is masked, and which tokens are scored, in each forward pass ----
 
-def segment_views(commit_steps, num_views):
+def stepmerge_views(commit_steps, num_views):
     """StepMerge (d2, arXiv 2509.21474): commit_steps (B, L), the step that committed each token.
 
     The steps are cut into num_views equal parts. A token is scored in the sight of what earlier
@@ -109,11 +109,11 @@ def draw_views(estimator, num_views, completion_ids, commit_steps, generator=Non
     if estimator == 'elbo':
         return elbo_views(completion_ids, num_views, generator)
     if estimator == 'stepmerge':
-        return segment_views(commit_steps, num_views)
+        return stepmerge_views(commit_steps, num_views)
     if estimator == 'ar':
         B, L = completion_ids.shape
         left_to_right = torch.arange(L, device=completion_ids.device).expand(B, L)
-        return segment_views(left_to_right, L)
+        return stepmerge_views(left_to_right, L)
     assert estimator == 'one_step', estimator
     return [whole_view(completion_ids)]
 
@@ -152,9 +152,10 @@ def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask
         in_block = in_block.repeat_interleave(block_length, dim=1)           # (B, L)
         passed_over = in_block & (commit_steps > step)                       # (B, L): not in S
         completion = completion_ids.masked_fill(commit_steps >= step, mask_id)
-        logits = model(torch.cat((prompt_ids, completion), dim=1), None, positions).float()
+        ids = torch.cat((prompt_ids, completion), dim=1)                     # (B, T)
+        logits = model(ids, None, positions).float()                         # (B, L, V)
         logits[..., mask_id] = -torch.inf                                    # is never drawn
-        logp = logits.log_softmax(-1)                                        # (B, L, V): p
+        logp = logits.log_softmax(-1)                                        # p
         logp_T = (logits / temperature).log_softmax(-1)                      # p^T
         tokens = completion_ids.unsqueeze(-1)                                # (B, L, 1)
         own = logp_T.gather(-1, tokens)[..., 0]                              # (B, L)

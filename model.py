@@ -403,23 +403,23 @@ def pattern_values(folder, config, key, paths, default):
 
 # ---- folders ----
 
-def table(text):
+def pairs(text):
     """Lines of ours=theirs as a dict."""
     return dict(pair.split('=') for pair in text.split())
 
 
 PREFIX = 'model.transformer.'            # in front of every tensor's name in LLaDA's files
-QWEN3_NAMES = table('''
+QWEN3_NAMES = pairs('''
     wte=embed_tokens ln_f=norm blocks=layers attn_norm=input_layernorm
     ff_norm=post_attention_layernorm q_proj=self_attn.q_proj k_proj=self_attn.k_proj
     v_proj=self_attn.v_proj attn_out=self_attn.o_proj q_norm=self_attn.q_norm
     k_norm=self_attn.k_norm ff_proj=mlp.gate_proj up_proj=mlp.up_proj ff_out=mlp.down_proj''')
 # Per layout: what config.json calls the sizes of Config ...
-KEYS = dict(llada=table('''
+KEYS = dict(llada=pairs('''
     d_model=d_model n_heads=n_heads n_kv_heads=n_kv_heads n_layers=n_layers
     mlp_hidden_size=mlp_hidden_size embedding_size=embedding_size rope_theta=rope_theta
     max_sequence_length=max_sequence_length rms_norm_eps=rms_norm_eps mask_id=mask_token_id
-    eos_id=eos_token_id'''), qwen3=table('''
+    eos_id=eos_token_id'''), qwen3=pairs('''
     d_model=hidden_size n_heads=num_attention_heads n_kv_heads=num_key_value_heads
     n_layers=num_hidden_layers mlp_hidden_size=intermediate_size embedding_size=vocab_size
     rope_theta=rope_theta max_sequence_length=max_position_embeddings rms_norm_eps=rms_norm_eps

@@ -74,7 +74,7 @@ def between_tags(text):
 INSIDE = '[^{}]*'             # braces balanced, six deep
 for _ in range(6):
     INSIDE = rf'(?:[^{{}}]|\{{{INSIDE}\}})*'
-BARE = r'[^\n${}]{1,99}(?=\$)|[^\s${}]+'                        # of $\boxed 1/2$
+BARE = r'[^\n${}]{1,99}(?=\$)|[^\s${}]+'     # without braces: up to a closing $, else one word
 UNCLOSED = r'(?:(?!\\boxed)[^\n]){1,200}(?=\})'                # of \boxed{360\text{ hours} hours
 BOX = re.compile(rf'\\boxed *(?:\{{({INSIDE})\}}|(?<= )({BARE})|\{{({UNCLOSED}))')
 
@@ -312,7 +312,7 @@ def grade_countdown(completion, example):
 
 
 def countdown_rule(example):
-    """Largest - middle + smallest, whatever the target."""
+    """Largest - middle + smallest, whatever the target: of fixed orders d1's test file's best."""
     small, middle, large = sorted(example['answer'][0])
     return f'{large} - {middle} + {small}'
 
@@ -420,8 +420,11 @@ def tested_names(tests, solution):
                 imported |= {alias.asname or alias.name: alias.name for alias in node.names}
             case ast.Call(ast.Name(name)) | ast.Call(ast.Attribute(ast.Name('solution'), name)):
                 called.append(imported.get(name, name))
-    defined = re.findall(r'^(?:async )?def (\w+)', solution, re.M)
-    wanted = set(defined if solution else imported.values()) - {'*'} or set(called) - own
+    wanted = set(imported.values())
+    if solution:
+        wanted = set(re.findall(r'^(?:async )?def (\w+)', solution, re.M))
+    if not wanted - {'*'}:                           # no import, or of everything
+        wanted = set(called) - own
     names = [name for name in dict.fromkeys(called) if name in wanted]
     if not names:
         raise ValueError('its tests call no function, or a class: only plain data can be tested')
@@ -487,7 +490,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     # not -I, which would ignore PYTHONHASHSEED: the order of sets must not change from run to run
     command = [sys.executable, '-S', '-B', '-W', 'ignore', JUDGE]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
+        try:                                         # no home of ours to read; 1 s to start and end
             verdicts = subprocess.run(
                 command, input=message, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 cwd=folder, env={'PYTHONHASHSEED': '0', 'HOME': '/'}, timeout=timeout + 1,
@@ -567,6 +570,7 @@ def read_rows(source, config=None, split=None):
             from datasets import load_dataset
             return load_dataset(source, config, split=split)
         opener = gzip.open if str(source).endswith('.gz') else open
+        # utf-8-sig drops a byte order mark; newline='' keeps those inside of CSV's cells
         with opener(source, 'rt', encoding='utf-8-sig', newline='') as file:
             text = file.read().strip()
         if text.startswith('{'):
@@ -583,8 +587,8 @@ def read_rows(source, config=None, split=None):
 def load_rows(sources, from_row):
     """from_row of every row of some (file,) or (hub id, config, split), in a list.
 
-    Rows that it refuses by ValueError are counted on stderr; ValueError if none of a source is
-    left. The docstring of from_row says what a row should have.
+    Rows that it cannot take are counted on stderr; ValueError if none of a source is left. The
+    docstring of from_row says what a row should have.
     """
     found = []
     for source in sources:

@@ -40,7 +40,10 @@ def choose(logits, temperature=0.0, generators=None):
 
 
 def commit_counts(block_length, steps):
-    """How many tokens each step commits: equal shares, the first take one more: 8, 3 -> 3 3 2."""
+    """How many tokens each step commits: equal shares, the first take one more: 8, 3 -> 3 3 2.
+
+    Of more steps than tokens only so many are taken as there are tokens.
+    """
     share, rest = divmod(block_length, steps)
     return [share + 1] * rest + [share] * (steps - rest if share else 0)
 
@@ -54,17 +57,18 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
     first end a completion holds eos only, with the number of its last step.
     steps: over the whole completion; ValueError if block_length and steps do not fit gen_length.
     attention_mask (B, P): True or 1 = real token, for prompts padded on the left. generators: see
-    choose. cfg_scale: guidance (LLaDA, appendix). cache, threshold: see generate_fast.
+    choose. cfg_scale: guidance (LLaDA, appendix), not with cache or threshold: see generate_fast.
     """
     check_lengths(gen_length, block_length, steps)
     if cache or threshold:
-        assert not cfg_scale, 'guidance goes with the exact sampler only'
+        if cfg_scale:
+            raise ValueError('cfg_scale goes with neither cache nor threshold')
         return generate_fast(model, prompt_ids, gen_length, block_length, steps, temperature,
                              attention_mask, generators, cache, threshold)
     B, P = prompt_ids.shape
     mask_id, eos_id = model.config.mask_id, model.config.eos_id
     ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)      # (B, T): masks after the prompt
-    real = pad_mask(attention_mask, gen_length)                  # (B, T), or None
+    attention_mask = pad_mask(attention_mask, gen_length)        # (B, T), or None
     generators = generators or [None] * B
     commit_steps = torch.zeros_like(ids)                         # (B, T)
     step = 0
@@ -73,18 +77,18 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
         stop = start + block_length
         for count in commit_counts(block_length, steps * block_length // gen_length):
             is_mask = ids[rows, start:stop] == mask_id                       # (R, block_length)
-            masks = start + is_mask.nonzero()[:, 1].view(len(rows), -1)      # (R, n) positions
-            seen = None if real is None else real[rows]
-            logits = model(ids[rows], seen, masks)                           # (R, n, V)
+            positions = start + is_mask.nonzero()[:, 1].view(len(rows), -1)  # (R, n)
+            row_mask = None if attention_mask is None else attention_mask[rows]
+            logits = model(ids[rows], row_mask, positions)                   # (R, n, V)
             if cfg_scale:
-                logits = guide(logits, model, ids[rows], seen, masks, P, cfg_scale)
+                logits = guide(logits, model, ids[rows], row_mask, positions, P, cfg_scale)
             logits[..., mask_id] = -torch.inf                    # the mask itself is never drawn
             row_generators = [generators[row] for row in rows.tolist()]
-            tokens, confidence = choose(logits, temperature, row_generators)          # (R, n)
+            tokens, confidence = choose(logits, temperature, row_generators)     # (R, n) each
             surest = confidence.topk(count).indices                          # (R, count)
-            committed = rows[:, None], masks.gather(1, surest)
-            ids[committed] = tokens.gather(1, surest)
-            commit_steps[committed] = step
+            where = rows[:, None], positions.gather(1, surest)
+            ids[where] = tokens.gather(1, surest)
+            commit_steps[where] = step
             step += 1
         # later blocks cannot change this one, so a row with an end in it is done
         ended = has_end(ids[rows, start:stop], model.config)                 # (R,)
@@ -138,7 +142,7 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
     B, P = prompt_ids.shape
     mask_id = model.config.mask_id
     ids = F.pad(prompt_ids, (0, gen_length), value=mask_id)                  # (B, T)
-    real = pad_mask(attention_mask, gen_length)
+    attention_mask = pad_mask(attention_mask, gen_length)
     generators = generators or [None] * B
     counts = commit_counts(block_length, steps * block_length // gen_length)
     commit_steps = torch.zeros_like(ids)
@@ -151,26 +155,26 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
         block_step = 0
         while len(active):
             is_mask = ids[active, start:stop] == mask_id                     # (A, block_length)
-            places = torch.arange(block_length, device=ids.device).expand_as(is_mask)
+            offsets = torch.arange(block_length, device=ids.device).expand_as(is_mask)
             if not threshold:                        # then every row has as many masks
-                places = is_mask.nonzero()[:, 1].view(len(active), -1)       # (A, n)
+                offsets = is_mask.nonzero()[:, 1].view(len(active), -1)       # (A, n)
             # with a cache the first step of a block sees all tokens, the others only the block
             left = start if cache and block_step else 0
             right = stop if left else ids.size(1)
-            seen = None if real is None else real[active]
-            logits = model(ids[active, left:right], seen, start - left + places, kv, left)
+            row_mask = None if attention_mask is None else attention_mask[active]
+            logits = model(ids[active, left:right], row_mask, start - left + offsets, kv, left)
             logits[..., mask_id] = -torch.inf
             row_generators = [generators[row] for row in active.tolist()]
             tokens, confidence = choose(logits, temperature, row_generators)
-            confidence = confidence.masked_fill(~is_mask.gather(1, places), -1)
+            confidence = confidence.masked_fill(~is_mask.gather(1, offsets), -1)
             count = 1 if threshold else counts[block_step]
             surest = confidence.topk(count).indices
             commit = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, surest, True)
             if threshold:
                 commit |= confidence >= threshold
-            committed = active[:, None].expand_as(places)[commit], (start + places)[commit]
-            ids[committed] = tokens[commit]
-            commit_steps[committed] = step[active].expand_as(places)[commit]
+            where = active[:, None].expand_as(offsets)[commit], (start + offsets)[commit]
+            ids[where] = tokens[commit]
+            commit_steps[where] = step[active].expand_as(offsets)[commit]
             step[active] += 1
             block_step += 1
             unfilled = (ids[active, start:stop] == mask_id).any(dim=1)       # (A,)
@@ -263,6 +267,7 @@ def main():
     p.add_argument('--gen_length', type=int, help="tokens, in half as many steps [the model's "
                    'default in train.py]')
     p.add_argument('--temperature', type=float, default=0.0)
+    p.add_argument('--cfg_scale', type=float, default=0.0, help='guidance')
     p.add_argument('--threshold', type=float, default=0.0,
                    help='commit every token of this confidence, at least one (0 = off)')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
@@ -283,7 +288,7 @@ def main():
         print(f'{name}: {tokenizer.decode(prompt)}')
         ids, commit_steps = generate(
             model, torch.tensor([prompt], device=device), gen_length, defaults['block_length'],
-            gen_length // 2, args.temperature, threshold=args.threshold,
+            gen_length // 2, args.temperature, args.cfg_scale, threshold=args.threshold,
             generators=[torch.Generator(device).manual_seed(args.seed)])
         show(tokenizer, model.config, ids[0], commit_steps[0])
 

@@ -8,9 +8,10 @@ train.py; python train.py --stages sft runs it alone.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import rewards
-from sample import chat, shuffled, torch_stream
+from sample import chat, left_pad, shuffled, torch_stream
 
 
 # ---- noise and loss ----
@@ -29,10 +30,23 @@ def draw_masks(answers, generator=None, t_min=0.0):
     return masked, t
 
 
+def answer_logps(model, prompts, answers, masked):
+    """Log-probs (B, L) of the answers' masked tokens, each given all that is not masked; else 0.
+
+    prompts: B lists of ids; answers (B, L); masked (B, L) bool.
+    """
+    prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, answers.device)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, answers.size(1)), value=True)     # (B, T)
+    noisy = answers.masked_fill(masked, model.config.mask_id)
+    ids = torch.cat((prompt_ids, noisy), dim=1)                                      # (B, T)
+    return model.token_logps(ids, answers, masked, attention_mask)
+
+
 def masked_loss(logps, masked, t, num_tokens):
     """Sum of -logps/t over the masked tokens, divided by num_tokens, the answers' tokens in all.
 
-    logps (B, L), masked (B, L) bool, t (B, 1) or (B, L) (LLaDA, eq. 5).
+    logps (B, L), masked (B, L) bool, t (B, 1) (LLaDA, eq. 5).
     """
     return -(logps / t)[masked].sum() / num_tokens
 
@@ -41,7 +55,7 @@ def masked_loss(logps, masked, t, num_tokens):
 
 class Batch(NamedTuple):
     """What one update of train_sft sees."""
-    prompts: list              # B lists of ids
+    prompts: tuple             # B lists of ids
     answers: torch.Tensor      # (B, L), eos after the end
     masked: torch.Tensor       # (B, L) bool: what the model does not see
     t: torch.Tensor            # (B, 1), the noise level
@@ -72,7 +86,7 @@ S1K_PROMPT = f'Solve this problem. {rewards.FORM}the solution.\n\n'
 
 
 def s1k_row(row):
-    """s1K: question, thinking_trajectories, attempt or solution."""
+    """s1K: question, thinking_trajectories, attempt or solution; -> (prompt, answer)."""
     thoughts = rewards.column(row, 'thinking_trajectories', list)
     answer = rewards.column(row, 'attempt' if 'attempt' in row else 'solution')
     if not thoughts or not isinstance(thoughts[0], str):

@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -41,8 +40,8 @@ from grpo import old_and_ref_logps, policy_loss, rollout, sample_texts
 from loglik import completion_logps, draw_views, random_prompt_mask
 from model import (LORA_LAYERS, add_lora, load, load_adapter, read_json, save_adapter,
                    save_tokenizer)
-from sample import chat, check_lengths, left_pad, random_stream, shuffled, torch_stream
-from sft import draw_batch, encode_traces, load_s1k, masked_loss
+from sample import chat, check_lengths, random_stream, shuffled, torch_stream
+from sft import answer_logps, draw_batch, encode_traces, load_s1k, masked_loss
 
 # Every flag: its default for the nano model and for LLaDA, what it is, and its choices if it has.
 FLAGS = {
@@ -104,7 +103,8 @@ FLAGS = {
     'LoRA and memory': [
         ('lora_rank', 0, 128, '0 = train all weights'),
         ('lora_alpha', 64, 64, 'adapters of diffu-GRPO are scaled by alpha/rank'),
-        ('lora_targets', 'q_proj,k_proj,v_proj,up_proj', 'q_proj,k_proj,v_proj,up_proj', 'layers'),
+        ('lora_targets', 'q_proj,k_proj,v_proj,up_proj', 'q_proj,k_proj,v_proj,up_proj',
+         'layers that diffu-GRPO adapts; SFT has q, k and v'),
         ('gradient_checkpointing', False, True, 'recompute activations in the backward pass')],
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
@@ -112,6 +112,7 @@ FLAGS = {
         ('eval_every', 0, 0, 'outer iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
 }
+# The smallest number of these is 1, of all others 0.
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
                 'sft_length', 'micro_batch', 'save_every')
 TASK_PRESETS = {
@@ -126,7 +127,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
     """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1.
 
     They are out of order: old log-probs exist only before the first of the mu updates, so all
-    prompt masks are drawn before it.
+    prompt masks are drawn before it. A step here is an outer iteration, of mu updates.
     """
     reference = reference_policy(args, model)                                                  # 1
     optimizer = adamw(model, args.learning_rate)
@@ -155,7 +156,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
 
         # without a KL term a group of equal rewards has no gradient, and needs no passes
         trained = [group for group in groups if args.beta or group.advantages.any()]
-        updates = []                             # mu lists of (group, noise, fixed log-probs)
+        updates = []                             # mu lists of what a group's update needs
         for n in range(args.num_iterations):
             update = []
             for group in trained:
@@ -182,7 +183,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
                 (loss / args.num_prompts).backward()             # of all processes' prompts
                 stats.append(dict(stat, loss=loss.item()))
             sum_gradients(model)                 # over the processes, if there are several
-            grad_norm = clip_grad_norm_(model.parameters(), 0.2)
+            grad_norm = clip_grad_norm_(model.parameters(), 0.2)             # d1's
             if grad_norm.isfinite():             # else this update is skipped, and counted
                 optimizer.step()
             optimizer.zero_grad()
@@ -194,7 +195,6 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
 def train_sft(args, model, pairs):
     """Masked SFT (d1, Algorithm 2) on pairs of (prompt ids, answer ids)."""
     optimizer = adamw(model, args.sft_learning_rate)
-    eos_id = model.config.eos_id
     start = load_checkpoint(args, 'sft', model, optimizer)
     for step in progress_bar('sft', start, args.sft_steps):
         began = time.time()
@@ -202,19 +202,14 @@ def train_sft(args, model, pairs):
         for param_group in optimizer.param_groups:
             param_group['lr'] = args.sft_learning_rate * warm_up * (1 - step / args.sft_steps)
         # the same batch on every process; each takes its share of the rows
-        batch = draw_batch(pairs, step, args.sft_batch, args.sft_length, eos_id, args.seed,
-                           args.device)
+        batch = draw_batch(pairs, step, args.sft_batch, args.sft_length, model.config.eos_id,
+                           args.seed, args.device)
         B, L = batch.answers.shape
         loss = 0.0
         for rows in torch.tensor(my_share(B)).split(args.micro_batch):
             prompts = [batch.prompts[row] for row in rows]
-            prompt_ids, attention_mask = left_pad(prompts, eos_id, args.device)
-            if attention_mask is not None:
-                attention_mask = F.pad(attention_mask, (0, L), value=True)   # (rows, T)
-            answers, masked = batch.answers[rows], batch.masked[rows]        # (rows, L)
-            noisy = answers.masked_fill(masked, model.config.mask_id)
-            ids = torch.cat((prompt_ids, noisy), dim=1)                      # (rows, T)
-            logps = model.token_logps(ids, answers, masked, attention_mask)
+            masked = batch.masked[rows]                                      # (rows, L)
+            logps = answer_logps(model, prompts, batch.answers[rows], masked)
             part = masked_loss(logps, masked, batch.t[rows], B * L)
             part.backward()
             loss += part.item()
@@ -239,7 +234,7 @@ def reference_policy(args, model):
     if args.lora_rank or not args.beta:
         return model
     frozen = copy.deepcopy(model).requires_grad_(False)
-    return frozen.to(model.compute_dtype)        # None: as it is
+    return frozen.to(model.compute_dtype)        # which every pass would cast to; None: as it is
 
 
 def sampling_knobs(args, gen_length, steps, temperature=0.0):
@@ -317,7 +312,8 @@ class Problems:
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(task, example):
                 return task, prompt_ids, example
-        raise ValueError(f'{task}: no prompt fits --max_prompt {self.args.max_prompt}: raise it')
+        raise ValueError(f'{task}: no training problem fits --max_prompt {self.args.max_prompt} '
+                         'and is passed by its own solution')
 
 
 def encode(args, tokenizer, task, example):
@@ -331,7 +327,7 @@ def prefill_ids(args, tokenizer):
 
 
 def load_test_sets(args, tokenizer):
-    """{name: [(task, prompt ids, example)]}: a set per task; code has two on the hub, code-ID."""
+    """{name: [(task, prompt ids, example)]}: a set per task; on the hub code has two, code-NAME."""
     test_sets = {}
     for task, source in args.eval_data.items():
         hub = rewards.TASKS[task].datasets[1]
@@ -415,8 +411,8 @@ def graded_answers(args, model, tokenizer, problems, length, label):
         _, mask, _, texts = sample_texts(model, tokenizer, prompts, sampling, prefill=args.prefill)
         tokens = mask.sum(1).tolist()
         found += graded_items(tasks[0], texts, examples, tokens)
-    found = dict(gather(list(zip(mine, found))))
-    return [found[i] for i in range(len(problems))]
+    by_number = dict(gather(list(zip(mine, found))))
+    return [by_number[i] for i in range(len(problems))]
 
 
 def graded_items(task, texts, examples, tokens):
@@ -508,7 +504,10 @@ def my_share(n):
 
 
 def sum_gradients(model):
-    """Adds up the gradients of all processes; of one whose groups were all flat they are 0."""
+    """Adds up the gradients of all processes.
+
+    Where all groups were flat they are 0: AdamW's momentum and weight decay go on.
+    """
     for p in model.parameters():
         if p.requires_grad:
             if p.grad is None:
@@ -585,7 +584,7 @@ def read_log(args, name):
 
 
 def save_checkpoint(args, stage, step, steps, model, optimizer):
-    """All that training has made, after `step` of a stage's `steps`, when it is time."""
+    """All that training has made, every save_every steps of a stage and after the last."""
     if step % args.save_every == 0 or step == steps:
         write(args, f'{stage}.pt', dict(step=step, weights=trained_weights(args, model),
                                         optimizer=optimizer.state_dict()))
@@ -602,7 +601,7 @@ def load_checkpoint(args, stage, model, optimizer):
         try:
             checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
             for name, p in trained_weights(args, model).items():
-                p.copy_(checkpoint['weights'][name].view(p.shape))           # no broadcasting
+                p.copy_(checkpoint['weights'][name].view(p.shape))           # of that size only
             optimizer.load_state_dict(checkpoint['optimizer'])
         except Exception as e:                   # torch.load raises whatever it likes
             raise ValueError(f'{path} is no checkpoint of this model ({type(e).__name__}): leave '
@@ -623,7 +622,7 @@ def trained_weights(args, model):
 
 
 def keep_adapter(args, model, name):
-    """All adapters as one, in the layout of the peft library."""
+    """All adapters as one, in the layout of the peft library; without LoRA there are none."""
     if args.lora_rank and rank() == 0:
         save_adapter(Path(args.folder, name), model, args.model)
 
@@ -681,7 +680,7 @@ def parse(argv=None):
 
 
 def check(args):
-    """Splits lists and reads --instructions; ValueError, in one line, on nonsense."""
+    """Turns lists, sources and --instructions into values; ValueError or OSError on nonsense."""
     args.tasks = args.task.split(',')
     args.stages = [] if args.eval_only else args.stages.split(',')
     for task in args.tasks:
@@ -746,7 +745,7 @@ def run_folder(args):
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
         if flag not in ('resume', 'folder') and before != vars(args).get(flag, before):
-            print0(f'note: {last} was begun with --{flag} {before}')
+            print0(f'note: {last} was begun with another --{flag}: {before}')
     return str(last)
 
 
@@ -773,9 +772,9 @@ def main(argv=None):
     model, tokenizer = load(args.model, weights_dtype, args.device)
     if args.adapter:
         load_adapter(args.adapter, model)
-    answer_lengths = [*args.eval_lengths]
-    answer_lengths += [dict(sft=args.sft_length, grpo=args.gen_length)[s] for s in args.stages]
-    longest = args.max_prompt + max(answer_lengths)
+    answer_length = dict(sft=args.sft_length, grpo=args.gen_length)
+    answer_lengths = [answer_length[stage] for stage in args.stages]
+    longest = args.max_prompt + max(answer_lengths + args.eval_lengths)
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, but the '
                          f'model takes {model.config.max_sequence_length}: lower one of them')

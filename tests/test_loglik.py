@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from grpo import up_to_end
 from loglik import (View, completion_logps, draw_views, exact_logps, random_prompt_mask,
-                    segment_views)
+                    stepmerge_views)
 from model import LLaDA
 from sample import commit_counts, generate
 from tiny import EOS, GOLDEN, MASK, bias, tiny, tokens
@@ -86,7 +86,7 @@ def test_one_step_is_one_view_with_all_masked():
 
 
 def test_segments_follow_the_steps_of_the_rollout():
-    assert scored_in(segment_views(COMMIT_STEPS, 2)) == [[[0], [1], [0], [1]], [[1], [0], [0], [1]]]
+    assert scored_in(stepmerge_views(COMMIT_STEPS, 2)) == [[[0], [1], [0], [1]], [[1], [0], [0], [1]]]
     views = draw_views('stepmerge', 4, COMPLETION_IDS, COMMIT_STEPS)
     assert scored_in(views) == [[[k] for k in row] for row in COMMIT_STEPS.tolist()]
     for i, view in enumerate(views):
@@ -297,7 +297,7 @@ def test_a_step_shares_its_second_product_equally():
     prompt_ids = tokens(6, 5)
     unmasked, everything = torch.zeros(6, 5).bool(), torch.ones(6, 8).bool()
     ids, commit_steps = generate(model, prompt_ids, 8, 4, 4, 1.0)
-    own = completion_logps(model, prompt_ids, ids, unmasked, views=segment_views(commit_steps, 4))
+    own = completion_logps(model, prompt_ids, ids, unmasked, views=stepmerge_views(commit_steps, 4))
     shares = exact_logps(model, prompt_ids, ids, commit_steps, everything, 4, 1.0) - own
     for step in range(4):
         of_step = shares[commit_steps == step].view(6, 2)

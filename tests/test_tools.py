@@ -94,7 +94,7 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
         experiments.main([*flags, '--flags', SMALL_RUN])
     assert runs == ['train.py']
     [row] = experiments.rows_of(tmp_path / 'quick/nano.jsonl')
-    assert list(row['results']) == ['constant', 'rule', 'base', 'grpo']
+    assert list(row['results']) == ['constant', 'base', 'grpo']
     assert len(row['curve']['reward']) == 1
 
     args = experiments.argparse.Namespace(out=tmp_path, truth=tmp_path / 'truth.jsonl')

@@ -38,8 +38,8 @@ sys.path.insert(0, str(HERE.parents[1]))         # the folder of the seven modul
 
 from model import Config, LLaDA
 from rewards import tagged
-from sample import chat, left_pad, random_stream, torch_stream
-from sft import draw_masks, masked_loss, right_pad
+from sample import chat, random_stream, torch_stream
+from sft import answer_logps, draw_masks, masked_loss, right_pad
 
 ANSWER_LENGTH = 32         # tokens of a completion, which every text fits with its end
 TRAINING_ROWS = 2000       # of each task; Countdown has no more than 1,400 different ones
@@ -47,7 +47,7 @@ TEST_ROWS = 512
 
 # The corpus
 BATCH = 64                 # texts of an update
-SUMS = 4                   # every fourth text is some sums, in no connection
+SUMS = 4                   # every fourth text is some sums, unrelated to each other
 PEOPLE_FROM = 0.6          # the share of the updates after which people write, too
 WORKED_SHARE = 0.5         # of the texts from then on, as in a textbook; the others are by people
 THINKING_SHARE = dict(Ann=0.05, Ben=0.12, Carl=0.2, Dan=0.3, Eve=0.5, Finn=0.8)     # of who asks
@@ -443,12 +443,7 @@ def update(model, optimizers, batch):
     """One step on the cross-entropy of the masked tokens, all of the same weight; its loss."""
     prompts, answers, masked = batch
     B, L = answers.shape
-    prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, 'cpu')
-    if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (0, L), value=True)           # (B, T)
-    noisy = answers.masked_fill(masked, model.config.mask_id)
-    ids = torch.cat((prompt_ids, noisy), dim=1)                              # (B, T)
-    logps = model.token_logps(ids, answers, masked, attention_mask)          # (B, L)
+    logps = answer_logps(model, prompts, answers, masked)                    # (B, L)
     no_weights = torch.ones(B, 1)                # where SFT has 1/t
     loss = masked_loss(logps, masked, no_weights, B * L)
     loss.backward()
