@@ -700,8 +700,8 @@ def check(args):
         raise ValueError('--num_generations must be at least 2: an advantage compares completions')
     for name, value in vars(args).items():
         least = 1 if name in AT_LEAST_ONE else 0
-        if isinstance(value, (int, float)) and value < least:
-            raise ValueError(f'--{name} {value} is below {least}')
+        if isinstance(value, (int, float)) and not value >= least:           # nan is not, either
+            raise ValueError(f'--{name} {value} is not {least} or more')
     for name in ('num_prompts', 'sft_batch'):    # else some would wait for others' gradients
         if getattr(args, name) % world_size():
             raise ValueError(f'--{name} is no multiple of the {world_size()} processes')

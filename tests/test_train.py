@@ -623,6 +623,7 @@ def test_help_has_every_flag_in_its_group_and_its_default_once(capsys):
 BAD = [
     ('--stage grpo', '--stage'),                                 # no abbreviations
     ('--beta much', 'beta'),
+    ('--temperature nan', 'temperature'),
     ('--task gsm9k', 'gsm9k'),
     ('--gen_length 20', 'gen_length'),
     ('--steps -2', 'steps'),
