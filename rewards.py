@@ -52,7 +52,7 @@ class Task(NamedTuple):
         return self.grade(completion, example)[1]
 
 
-# ---- reading a completion: no pattern that could backtrack, so time is linear in the text ----
+# ---- reading a completion: patterns backtrack within bounds, so that no text takes long ----
 
 def tagged(thought, reply):
     reasoning = f'<reasoning>\n{thought}\n</reasoning>\n' if thought else ''
@@ -71,7 +71,7 @@ def between_tags(text):
     return inside if opened and closed else None
 
 
-INSIDE = '[^{}]*'             # braces balanced, six deep
+INSIDE = '[^{}]*'             # braces balanced: each round allows pairs one level deeper
 for _ in range(6):
     INSIDE = rf'(?:[^{{}}]|\{{{INSIDE}\}})*'
 BARE = r'[^\n${}]{1,99}(?=\$)|[^\s${}]+'     # without braces: up to a closing $, else one word

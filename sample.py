@@ -157,7 +157,7 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
             is_mask = ids[active, start:stop] == mask_id                     # (A, block_length)
             offsets = torch.arange(block_length, device=ids.device).expand_as(is_mask)
             if not threshold:                        # then every row has as many masks
-                offsets = is_mask.nonzero()[:, 1].view(len(active), -1)       # (A, n)
+                offsets = is_mask.nonzero()[:, 1].view(len(active), -1)      # (A, n)
             # with a cache the first step of a block sees all tokens, the others only the block
             left = start if cache and block_step else 0
             right = stop if left else ids.size(1)

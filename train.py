@@ -741,7 +741,7 @@ def run_folder(args):
         return str(folder)
     if not last:
         raise ValueError(f'{folder} holds no run to go on with: leave out --resume')
-    if not Path(last, 'config.json').exists():   # it was killed at once
+    if not Path(last, 'config.json').exists():   # killed before it had written any
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
         if flag not in ('resume', 'folder') and before != vars(args).get(flag, before):

@@ -244,7 +244,7 @@ FENCE = f'```python\n{BODY}\n```'
     FENCE, FENCE + '\nIt doubles x.', FENCE + '\nUsage:\n```python\nprint(f(2))\n```', FENCE[:-3],
     f'```python\ndef g(): pass\n```\nand\n{FENCE}', FENCE + '\n```\n4\n```', f'```py\n{BODY}\n```',
     f'So:\n```\nf = 1\n```\n{FENCE}', f'~~~Python\n{BODY}\n~~~\nok', f'````\n{BODY}\n````\nok',
-    f'1. Do:\n   ```py\n   def f(x):\n       return 2 * x\n   ```\n2. ok', f'```\n{BODY}```',
+    '1. Do:\n   ```py\n   def f(x):\n       return 2 * x\n   ```\n2. ok', f'```\n{BODY}```',
     '```{.python}\r\ndef f(x):\r\n    return 2 * x\r\n```', '```python def f(x): return 2 * x```',
     '```\nasync_ = 1\nf = lambda x: 2 * x\n```', f'{FENCE}\n<answer>See above.</answer>',
     f'<answer></answer>{FENCE}', f'<answer>\n{BODY}', f'<answer>\n{FENCE}\n</ans',
