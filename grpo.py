@@ -86,6 +86,7 @@ class Group(NamedTuple):
     commit_steps: torch.Tensor       # (G, L), the step that committed each token
     texts: list                      # the completions, decoded
     rewards: torch.Tensor            # (G,)
+    correct: torch.Tensor            # (G,), 1 = right; for sudoku the share of cells
     advantages: torch.Tensor         # (G,)
 
 
@@ -124,11 +125,11 @@ def rollout(model, tokenizer, problems, num_generations, sampling, seed, step, p
     for i, (prompt_number, task, prompt, example) in enumerate(problems):
         rows = slice(i * G, (i + 1) * G)
         graded = grade_all(task, texts[rows], [example] * G)
-        rewards = torch.tensor([float(reward) for reward, _ in graded], device=model.device)
+        rewards, correct = torch.tensor(graded, dtype=torch.float, device=model.device).T
         groups.append(Group(
             prompt_number, task, example, torch.tensor([prompt] * G, device=model.device),
             completion_ids[rows], mask[rows], commit_steps[rows], texts[rows], rewards,
-            group_advantages(rewards, G, divide_by_std)))
+            correct, group_advantages(rewards, G, divide_by_std)))
     return groups
 
 
@@ -139,7 +140,7 @@ def old_and_ref_logps(model, reference, group, prompt_mask, views, loss_name, be
     model is pi_old as long as nothing has been updated. reference: the policy itself, whose last
     adapter is off here, or a frozen copy of it.
     """
-    if loss_name == 'wd1':
+    if loss_name in ('wd1', 'rejection'):
         return None, None
     inputs = group.prompt_ids, group.completion_ids, prompt_mask, group.completion_mask, views
     old_logps = completion_logps(model, *inputs)
@@ -199,15 +200,27 @@ def wd1_loss(logps, advantages, completion_mask):
     return -(weights * means).sum(), {}
 
 
+def rejection_loss(logps, right, completion_mask):
+    """No RL but SFT on the right completions alone (rejection sampling); right (B,), 1 or 0.
+
+    With the estimator 'elbo' and one view this is sft.masked_loss on them.
+    """
+    kept = completion_mask * right.unsqueeze(1)                              # (B, L)
+    return -(logps * kept).sum() / kept.sum().clamp(min=1), {}
+
+
 def policy_loss(loss_name, logps, old_logps, ref_logps, advantages, completion_mask, epsilon,
                 beta, norm):
     """The loss of this name and its statistics; arguments as in grpo_loss.
 
-    norm is for 'grpo' only; 'wd1' takes no epsilon and beta either.
+    norm is for 'grpo' only; 'wd1' and 'rejection' take no epsilon and beta either. The advantages
+    of 'rejection' are 1 for what is right and 0 for what is wrong.
     """
     tensors = logps, old_logps, ref_logps, advantages, completion_mask
     if loss_name == 'wd1':
         return wd1_loss(logps, advantages, completion_mask)
+    if loss_name == 'rejection':
+        return rejection_loss(logps, advantages, completion_mask)
     if loss_name == 'espo':
         return espo_loss(*tensors, epsilon, beta)
     if loss_name == 'stable':

@@ -36,6 +36,13 @@ def whole_view(completion_ids):
     return View(everything, everything)
 
 
+class Exact(NamedTuple):
+    """In the place of views: what the exact likelihood needs to know of the sampler."""
+    commit_steps: torch.Tensor     # (B, L)
+    block_length: int
+    temperature: float
+
+
 def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_mask=None,
                      views=None):
     """log p(o_k | q') of every completion token, (B, L) float32; d1's one-step estimate.
@@ -48,6 +55,8 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
     prompt = prompt_ids.masked_fill(prompt_mask, mask_id)                    # (B, P): q'
+    if isinstance(views, Exact):
+        return exact_logps(model, prompt, completion_ids, completion_mask, *views)
     logps = 0                                    # (B, L) from the first view on
     for view in views:
         completion = completion_ids.masked_fill(view.masked, mask_id)        # (B, L)
@@ -98,10 +107,11 @@ def elbo_views(completion_ids, num_views, generator=None):
     return views
 
 
-def draw_views(estimator, num_views, completion_ids, commit_steps, generator=None):
+def draw_views(estimator, num_views, completion_ids, commit_steps, generator=None,
+               block_length=None, temperature=None):
     """The views of an estimator; completion_ids, commit_steps (B, L): see sample.generate.
 
-    'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165), which is
+    block_length, temperature: the sampler's, for 'exact'. 'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165), which is
     exact for rollouts in blocks of one token.
     """
     if estimator == 'coupled':
@@ -114,6 +124,8 @@ def draw_views(estimator, num_views, completion_ids, commit_steps, generator=Non
         B, L = completion_ids.shape
         left_to_right = torch.arange(L, device=completion_ids.device).expand(B, L)
         return stepmerge_views(left_to_right, L)
+    if estimator == 'exact':
+        return Exact(commit_steps, block_length, temperature)
     assert estimator == 'one_step', estimator
     return [whole_view(completion_ids)]
 
@@ -128,7 +140,7 @@ def drawn_tokens(completion_mask, block_length):
     return position < blocks * block_length
 
 
-def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask, block_length,
+def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps, block_length,
                 temperature):
     """log p of a completion under LLaDA's own sampler, (B, L), whose sum over a row is exact.
 
@@ -137,9 +149,9 @@ def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask
     positions and c the lowest p_i(x_i) among them,
         P(step) = prod_{i in S} p_i^T(x_i) * prod_{j not in S} sum_{v: p_j(v) < c} p_j^T(v):
     no other mask j drew what would have been committed instead. A token has its own factor and an
-    equal share of its step's second product. What was drawn after an end, in its block, counts too.
-    commit_steps (B, L), block_length, temperature (over 0): the sampler's. One forward per step.
-    The set of v jumps where p_j(v) passes c: the gradient is that between jumps.
+    equal share of its step's second product. What was drawn after an end, in its block, is the
+    end's. commit_steps (B, L), block_length, temperature (over 0): the sampler's. One forward per
+    step. The set of v jumps where p_j(v) passes c: the gradient is that between jumps.
     """
     B, L = completion_ids.shape
     mask_id = model.config.mask_id
@@ -166,4 +178,7 @@ def exact_logps(model, prompt_ids, completion_ids, commit_steps, completion_mask
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
         share = others.sum(1, keepdim=True) / committed.sum(1, keepdim=True).clamp(min=1)
         total = total + (own + share) * committed
-    return total
+    after_end = total.masked_fill(completion_mask, 0).sum(dim=1, keepdim=True)
+    end = completion_mask & ~completion_mask.roll(-1, dims=1)                # (B, L): the last one
+    end[:, -1] = completion_mask[:, -1]
+    return total * completion_mask + after_end * end

@@ -15,6 +15,7 @@ import io
 import json
 import operator
 import os
+import random
 import re
 import subprocess
 import sys
@@ -543,6 +544,7 @@ def summary(items):
         return sum(item[name] for item in items) / n
     return dict(accuracy=right / n, low=low, high=high, n=n,
                 share=mean('correct'),               # of cells, for sudoku
+                waits=sum('Wait' in item['generations'] for item in items) / n,  # aha moments (d1)
                 reward=mean('reward'), effective_tokens=mean('effective_tokens'))
 
 
@@ -608,11 +610,12 @@ def load_rows(sources, from_row):
     return found
 
 
-def load_examples(task_name, source='hub', split='train'):
+def load_examples(task_name, source='hub', split='train', askers=()):
     """A list of examples: the task's own data sets on the hub, one (hub id, config, split), 'nano'
     (assets/nano/problems), a folder with TASK_train.jsonl or .csv and TASK_test, or a file.
 
-    A row's column 'asker' goes before the question. ValueError, in one line, if there are none.
+    A row's column 'asker' goes before the question, else one of askers, drawn by the question.
+    ValueError, in one line, if there are no examples.
     """
     task = TASKS[task_name]
     folder = FOLDER / 'assets/nano/problems' if source == 'nano' else Path(str(source))
@@ -629,6 +632,8 @@ def load_examples(task_name, source='hub', split='train'):
         example = task.from_row(row)
         key = ' '.join(example['question'].lower().split())
         asker = row.get('asker')
+        if askers and not asker:
+            asker = random.Random(key).choice(askers)
         if asker:
             example['question'] = f"{asker}: {example['question']}"
         return dict(key=key) | example

@@ -64,6 +64,7 @@ FLAGS = {
         ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv), a "
          'folder of TASK_train files; one for all tasks, or one for each: a.jsonl,hub'),
         ('eval_data', 'nano', 'hub', 'test problems: likewise'),
+        ('askers', '', '', 'names, such as Ann,Ben: one of them asks what its file lets nobody ask'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
         ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
         ('instructions', '', '', 'a file with other instructions than rewards.py has'),
@@ -81,9 +82,9 @@ FLAGS = {
          ['token', 'sequence']),
         ('divide_by_std', False, False, "divide advantages by their group's standard deviation"),
         ('loss', 'grpo', 'grpo', 'of the policy; grpo.py has the others',
-         ['grpo', 'espo', 'stable', 'wd1']),
+         ['grpo', 'espo', 'stable', 'wd1', 'rejection']),
         ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others',
-         ['one_step', 'coupled', 'stepmerge', 'ar', 'elbo']),
+         ['one_step', 'coupled', 'stepmerge', 'ar', 'elbo', 'exact']),
         ('num_views', 4, 4, 'forward passes of the estimators stepmerge and elbo'),
         ('learning_rate', 2e-5, 3e-6, 'AdamW, constant')],
     'sampling': [
@@ -154,6 +155,8 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
                               args.num_generations, sampling, args.seed, step, args.prefill,
                               args.divide_by_std)
 
+        if args.loss == 'rejection':             # the right ones are learnt, the others not
+            groups = [group._replace(advantages=(group.correct == 1).float()) for group in groups]
         # without a KL term a group of equal rewards has no gradient, and needs no passes
         trained = [group for group in groups if args.beta or group.advantages.any()]
         updates = []                             # mu lists of what a group's update needs
@@ -165,7 +168,8 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
                 prompt_mask = random_prompt_mask(group.prompt_ids, args.p_mask_prompt, stream,
                                                  num_prefill)                                  # 8
                 views = draw_views(args.estimator, args.num_views, group.completion_ids,
-                                   group.commit_steps, stream)
+                                   group.commit_steps, stream, args.block_length,
+                                   args.temperature)
                 old_logps, ref_logps = old_and_ref_logps(
                     model, reference, group, prompt_mask, views, args.loss, args.beta)         # 3
                 update.append((group, prompt_mask, views, old_logps, ref_logps))
@@ -293,7 +297,7 @@ class Problems:
                   for problems in test_sets.values() for task, _, example in problems}
         self.examples = {}                       # task -> its training examples
         for task, source in args.data.items():
-            examples = rewards.load_examples(task, source, 'train')
+            examples = rewards.load_examples(task, source, 'train', args.askers)
             self.examples[task] = [e for e in examples if (task, e['key']) not in tested]
             num_tested = len(examples) - len(self.examples[task])
             if num_tested:
@@ -335,7 +339,7 @@ def load_test_sets(args, tokenizer):
         if source == 'hub' and len(hub) > 1:
             named = {f'{task}-{Path(data_set[0]).name}': data_set for data_set in hub}
         for name, one_source in named.items():
-            examples = rewards.load_examples(task, one_source, 'test')
+            examples = rewards.load_examples(task, one_source, 'test', args.askers)
             test_sets[name] = fitting_problems(args, tokenizer, name, task, examples)
     return test_sets
 
@@ -471,7 +475,10 @@ def cell(score):
     text = f'{accuracy:5.1f} [{low:.1f}, {high:.1f}]'
     if share != accuracy:                        # Sudoku's other measure
         text += f' cells {share:.1f}'
-    return f'{text} {score["reward"]:5.2f} {score["effective_tokens"]:5.1f}'.ljust(40)
+    text += f' {score["reward"]:5.2f} {score["effective_tokens"]:5.1f}'
+    if score['waits']:                           # answers that notice an error on their way
+        text += f' Wait {100 * score["waits"]:.0f} %'
+    return text.ljust(40)
 
 
 def curves(log):
@@ -693,6 +700,10 @@ def check(args):
             check_lengths(length, args.block_length, length // 2)
     except ValueError as e:
         raise ValueError(f'--eval_lengths: {e}') from None
+    if args.estimator == 'exact' and (args.p_mask_prompt or args.cache or args.threshold
+                                      or not args.temperature):
+        raise ValueError('--estimator exact: give --p_mask_prompt 0, a temperature above 0, and '
+                         'neither --cache nor --threshold')
     args.lora_targets = args.lora_targets.split(',')
     if not set(args.lora_targets) <= set(LORA_LAYERS):
         raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}')
@@ -707,6 +718,9 @@ def check(args):
             raise ValueError(f'--{name} is no multiple of the {world_size()} processes')
     if args.instructions:
         args.instructions = Path(args.instructions).read_text().strip()
+    args.askers = args.askers.split(',') if args.askers else []
+    if not all(args.askers):
+        raise ValueError('--askers takes names, such as Ann,Ben')
     args.data = sources_of(args.tasks, args.data)
     args.eval_data = sources_of(args.tasks, args.eval_data)
     try:

@@ -13,11 +13,13 @@ from torch.nn.utils import clip_grad_norm_
 
 import rewards
 import train
-from grpo import (espo_loss, group_advantages, grpo_loss, old_and_ref_logps, policy_loss, rollout,
-                  stable_loss, up_to_end, wd1_loss)
-from loglik import completion_logps, draw_views, random_prompt_mask
+from grpo import (espo_loss, group_advantages, grpo_loss, old_and_ref_logps, policy_loss,
+                  rejection_loss, rollout, stable_loss, up_to_end, wd1_loss)
+from loglik import (completion_logps, draw_views, drawn_tokens, exact_logps,
+                    random_prompt_mask)
 from model import LLaDA, add_lora
 from sample import generate, torch_stream
+from sft import masked_loss
 from tiny import EOS, GOLDEN, MASK, bias, tiny, tokens
 
 
@@ -303,16 +305,33 @@ def test_wd1_weighs_log_probs_by_softmaxes_of_the_advantages():
     assert stats == {}, 'it has no ratio and no KL'
 
 
+def test_rejection_sampling_is_sfts_loss_on_the_right_completions():
+    logps, _, _, _, mask = a_group()
+    right = torch.tensor([1.0, 0.0, 1.0])
+    loss, stats = rejection_loss(logps, right, mask)
+    kept = torch.cat([logps[row, mask[row]] for row in (0, 2)])
+    torch.testing.assert_close(loss, -kept.mean())
+    assert stats == {} and rejection_loss(logps, 0 * right, mask)[0] == 0
+    # under one view of the ELBO it is masked_loss, whose weights 1/t the view has already
+    ids, g = torch.randint(0, 9, logps.shape), torch.Generator().manual_seed(0)
+    [view] = draw_views('elbo', 1, ids, None, g)
+    weighted = view.weight * logps * view.scored
+    everything = torch.ones_like(mask)
+    found, _ = rejection_loss(weighted, torch.ones(3), everything)
+    torch.testing.assert_close(found, masked_loss(logps, view.masked, 1 / view.weight, ids.numel()))
+
+
 def test_each_loss_is_reached_by_its_name_and_its_knobs_with_it():
     arguments = a_group()
     logps, _, _, A, mask = arguments
     expected = dict(grpo=grpo_loss(*arguments, 0.3, 0.2, 'sequence'),
                     espo=espo_loss(*arguments, 0.3, 0.2),
-                    stable=stable_loss(*arguments, 0.3, 0.2), wd1=wd1_loss(logps, A, mask))
+                    stable=stable_loss(*arguments, 0.3, 0.2), wd1=wd1_loss(logps, A, mask),
+                    rejection=rejection_loss(logps, A, mask))
     for name, (loss, stats) in expected.items():
         found = policy_loss(name, *arguments, 0.3, 0.2, 'sequence')
         assert found[0].item() == loss.item() and found[1] == stats
-    assert len({loss.item() for loss, _ in expected.values()}) == 4
+    assert len({loss.item() for loss, _ in expected.values()}) == 5
 
 
 # ---- train_grpo ----
@@ -518,6 +537,7 @@ def test_a_reward_that_is_always_the_same_leaves_weight_decay(monkeypatch, tmp_p
                                               ('--estimator coupled --loss espo', 2),
                                               ('--estimator elbo --num_views 3 --loss stable', 3),
                                               ('--estimator ar --norm sequence', 8),
+                                              ('--estimator exact --p_mask_prompt 0', 3),
                                               ('--loss wd1 --epsilon 0.3', 1)])
 def test_estimator_and_loss_of_the_flags_make_the_update(monkeypatch, tmp_path, flags, num_views):
     put_reward(monkeypatch, varied)
@@ -529,9 +549,10 @@ def test_estimator_and_loss_of_the_flags_make_the_update(monkeypatch, tmp_path, 
             calls['old_and_ref_logps'][i])
         assert knobs == [args.loss, args.beta]
         assert group is run.groups[i // 6 * 2 + i % 2] and prompt_mask is run.prompt_masks[i]
-        (estimator, number, ids, commit_steps, _), drawn = calls['draw_views'][i]
+        (estimator, number, ids, commit_steps, _, *sampler), drawn = calls['draw_views'][i]
         assert views is drawn and len(views) == num_views
         assert (estimator, number) == (args.estimator, args.num_views)
+        assert sampler == [args.block_length, args.temperature]
         assert ids is group.completion_ids and commit_steps is group.commit_steps
         given, logps = calls['completion_logps'][i]
         assert given == (run.model, group.prompt_ids, group.completion_ids, prompt_mask,
@@ -544,6 +565,38 @@ def test_estimator_and_loss_of_the_flags_make_the_update(monkeypatch, tmp_path, 
     for line in run.log:
         assert line.get('first_ratio', 1) == pytest.approx(1, abs=1e-5)
         assert ('first_ratio' in line) == (args.loss != 'wd1'), 'which has no ratio'
+
+
+def test_the_exact_gradient_is_that_of_the_samplers_own_likelihood(monkeypatch, tmp_path):
+    """Every token that was drawn counts, those after an end with it: sum A log p, no clip at 1."""
+    put_reward(monkeypatch, varied)
+    run = Trained(monkeypatch, tmp_path, *'--estimator exact --p_mask_prompt 0 --beta 0 '
+                  '--num_iterations 1 --grpo_steps 1 --num_prompts 1 --norm token'.split(),
+                  plain=True)
+    [group] = run.groups
+    everything = torch.ones_like(group.completion_mask)
+    logps = exact_logps(run.start, group.prompt_ids, group.completion_ids, everything,
+                        group.commit_steps, 4, 1.0)
+    counted = drawn_tokens(group.completion_mask, 4)
+    assert (counted != group.completion_mask).any(), 'or the test shows nothing'
+    objective = (group.advantages * (logps * counted).sum(1)).sum() / group.completion_mask.sum()
+    expected = torch.autograd.grad(-objective, run.start.parameters())
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
+    for ours, gradient in zip(run.gradients[0], expected, strict=True):
+        torch.testing.assert_close(ours, gradient * min(1, 0.2 / norm), atol=1e-5, rtol=1e-3)
+
+
+def test_rejection_sampling_learns_what_is_right_and_nothing_else(monkeypatch, tmp_path):
+    def grade(text, example):
+        return 0.5, text.count('m') > 0          # equal rewards: no RL could learn from them
+    graded = rewards.TASKS['gsm8k']._replace(grade=grade)
+    monkeypatch.setitem(rewards.TASKS, 'gsm8k', graded)
+    run = Trained(monkeypatch, tmp_path, '--loss', 'rejection', '--beta', '0')
+    for given, _ in run.calls['policy_loss']:
+        assert set(given[4].tolist()) == {0, 1}  # flat groups here are those without a right one
+    for group in run.groups:
+        assert group.correct.tolist() == [float('m' in text) for text in group.texts]
+    assert run.calls['policy_loss'] and 'ratio' not in run.log[0]
 
 
 def test_the_prefill_is_rewarded_and_never_masked(monkeypatch, tmp_path):

@@ -192,8 +192,8 @@ def outcomes(model, gen_length, block_length, steps, temperature):
 def exact(model, keys, block_length, temperature):
     """exact_logps (N, L) of N outcomes."""
     ids, commit_steps = (torch.tensor(rows) for rows in zip(*keys))
-    return exact_logps(model, PROMPT.expand(len(ids), -1), ids, commit_steps,
-                       up_to_end(ids, model.config.end_ids), block_length, temperature)
+    return exact_logps(model, PROMPT.expand(len(ids), -1), ids,
+                       up_to_end(ids, model.config.end_ids), commit_steps, block_length, temperature)
 
 
 @pytest.mark.parametrize('words, gen_length, block_length, steps, temperature', SAMPLERS)
@@ -260,7 +260,7 @@ def test_a_jump_is_where_a_token_elsewhere_becomes_surer_than_what_was_committed
     model = Table([[0, 0, 0.6, 0.4], [0, 0, 1 - p, p]])
     ids, commit_steps = torch.tensor([[2, 2]]), torch.tensor([[0, 1]])
     everything = torch.ones(1, 2, dtype=torch.bool)
-    logps = exact_logps(model, PROMPT[None], ids, commit_steps, everything, 2, 1.0)
+    logps = exact_logps(model, PROMPT[None], ids, everything, commit_steps, 2, 1.0)
     torch.testing.assert_close(logps[0].exp(), torch.tensor([chance, 1 - p]))
     logps[0, 0].backward()
     # d log p / d logit = 1 - p for the token itself, -p for the other one
@@ -273,7 +273,7 @@ def test_ties_of_a_sure_model_are_finite():
     model = Table([[0, 0, 1.0, 0], [0, 0, 1.0, 0]])
     ids, commit_steps = torch.tensor([[2, 2]]), torch.tensor([[1, 0]])
     everything = torch.ones(1, 2, dtype=torch.bool)
-    logps = exact_logps(model, PROMPT[None], ids, commit_steps, everything, 2, 0.9)
+    logps = exact_logps(model, PROMPT[None], ids, everything, commit_steps, 2, 0.9)
     logps.sum().backward()
     assert torch.equal(logps, torch.zeros(1, 2)) and (model.logits.grad == 0).all()
 
@@ -288,7 +288,7 @@ def test_what_a_sure_model_drew_is_sure():
         model.logits.data[:, 3] = model.logits.data[:, 2] - 13 - 2 * torch.rand(2, generator=g)
         ids, commit_steps = generate(model, PROMPT[None], 2, 2, 2, 0.9, generators=[g])
         with torch.no_grad():
-            logps = exact_logps(model, PROMPT[None], ids, commit_steps, everything, 2, 0.9)
+            logps = exact_logps(model, PROMPT[None], ids, everything, commit_steps, 2, 0.9)
         assert (ids == 2).all() and logps.sum() > -1e-3
 
 
@@ -298,7 +298,7 @@ def test_a_step_shares_its_second_product_equally():
     unmasked, everything = torch.zeros(6, 5).bool(), torch.ones(6, 8).bool()
     ids, commit_steps = generate(model, prompt_ids, 8, 4, 4, 1.0)
     own = completion_logps(model, prompt_ids, ids, unmasked, views=stepmerge_views(commit_steps, 4))
-    shares = exact_logps(model, prompt_ids, ids, commit_steps, everything, 4, 1.0) - own
+    shares = exact_logps(model, prompt_ids, ids, everything, commit_steps, 4, 1.0) - own
     for step in range(4):
         of_step = shares[commit_steps == step].view(6, 2)
         torch.testing.assert_close(of_step[:, 0], of_step[:, 1])
@@ -313,5 +313,5 @@ def test_blocks_of_one_token_are_scored_from_left_to_right():
     views = draw_views('ar', 1, ids, commit_steps)
     expected = completion_logps(model, prompt_ids, ids, unmasked, views=views)
     everything = torch.ones(6, 4).bool()
-    found = exact_logps(model, prompt_ids, ids, commit_steps, everything, 1, 1.0)
+    found = exact_logps(model, prompt_ids, ids, everything, commit_steps, 1, 1.0)
     torch.testing.assert_close(found, expected)

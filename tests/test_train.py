@@ -367,7 +367,7 @@ def test_every_answer_stands_with_its_own_problem(mixed, tokenizer, monkeypatch)
 def test_the_table_has_a_row_per_stage_and_curves_follow_reward_and_length():
     def score(accuracy):
         return dict(accuracy=accuracy, low=0.0, high=1.0, share=accuracy, reward=accuracy * 3,
-                    effective_tokens=7)
+                    effective_tokens=7, waits=0.5 * (accuracy == 0.625))
     found = dict(constant=dict(math={'8': score(0.125), '16': score(0.25)}), rule={},
                  base=dict(math={'8': score(0.375), '16': score(0.625)}))
     text = train.table(nano_args('--eval_lengths', '8,16'), found)
@@ -375,6 +375,7 @@ def test_the_table_has_a_row_per_stage_and_curves_follow_reward_and_length():
                for line in text.splitlines()]
     assert [row for row in numbers if row] == [[12.5, 0, 100, 0.38, 7, 25, 0, 100, 0.75, 7],
                                                [37.5, 0, 100, 1.12, 7, 62.5, 0, 100, 1.88, 7]]
+    assert text.endswith('7.0 Wait 50 %' + text[len(text.rstrip()):]) and text.count('Wait') == 1
     log = [dict(loss=1.0)] + [dict(reward=i, length=5 - i) for i in range(4)]
     rising, falling = (re.search('[▁-█]+', line)[0] for line in train.curves(log).splitlines())
     assert rising == ''.join(sorted(rising)) == falling[::-1] and len(set(rising)) == 4
@@ -635,6 +636,8 @@ BAD = [
     ('--max_prompt 500', 'max_prompt'),                          # more than the model takes
     ('--max_prompt 5', 'max_prompt'),                            # no prompt is shorter
     ('--device none', 'device'),
+    ('--estimator exact', 'p_mask_prompt'),                      # or it would not be exact
+    ('--askers Ann,,Ben', 'askers'),
     ('--resume', 'resume'),
     ('--out F/good.jsonl', 'good.jsonl'),
     ('--instructions F/nowhere.txt', 'nowhere.txt'),

@@ -19,7 +19,7 @@ def graded(task, path):
             answer = float(answer.replace(',', ''))
         reward, correct = TASKS[task].grade(text, {**item, 'answer': answer})
         words = len(visible(text).split())           # where a file has no tokens
-        items.append(dict(reward=reward, correct=correct,
+        items.append(dict(generations=text, reward=reward, correct=correct,
                           effective_tokens=item.get('effective_tokens', words)))
     return items
 
