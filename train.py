@@ -64,7 +64,7 @@ FLAGS = {
         ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv), a "
          'folder of TASK_train files; one for all tasks, or one for each: a.jsonl,hub'),
         ('eval_data', 'nano', 'hub', 'test problems: likewise'),
-        ('askers', '', '', 'names, such as Ann,Ben: one of them asks what its file lets nobody ask'),
+        ('askers', '', '', 'names, such as Ann,Ben; one of them asks where a row names nobody'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
         ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
         ('instructions', '', '', 'a file with other instructions than rewards.py has'),

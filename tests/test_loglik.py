@@ -86,7 +86,8 @@ def test_one_step_is_one_view_with_all_masked():
 
 
 def test_segments_follow_the_steps_of_the_rollout():
-    assert scored_in(stepmerge_views(COMMIT_STEPS, 2)) == [[[0], [1], [0], [1]], [[1], [0], [0], [1]]]
+    views = stepmerge_views(COMMIT_STEPS, 2)
+    assert scored_in(views) == [[[0], [1], [0], [1]], [[1], [0], [0], [1]]]
     views = draw_views('stepmerge', 4, COMPLETION_IDS, COMMIT_STEPS)
     assert scored_in(views) == [[[k] for k in row] for row in COMMIT_STEPS.tolist()]
     for i, view in enumerate(views):
@@ -192,8 +193,9 @@ def outcomes(model, gen_length, block_length, steps, temperature):
 def exact(model, keys, block_length, temperature):
     """exact_logps (N, L) of N outcomes."""
     ids, commit_steps = (torch.tensor(rows) for rows in zip(*keys))
-    return exact_logps(model, PROMPT.expand(len(ids), -1), ids,
-                       up_to_end(ids, model.config.end_ids), commit_steps, block_length, temperature)
+    completion_mask = up_to_end(ids, model.config.end_ids)
+    return exact_logps(model, PROMPT.expand(len(ids), -1), ids, completion_mask, commit_steps,
+                       block_length, temperature)
 
 
 @pytest.mark.parametrize('words, gen_length, block_length, steps, temperature', SAMPLERS)

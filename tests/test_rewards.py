@@ -487,11 +487,12 @@ def test_equal_problems_have_equal_keys_whoever_asks(tmp_path):
     assert load_examples('gsm8k', write(tmp_path, 'x.jsonl', ann))[0]['question'] == (
         'Ann: How  many?\n')
     names = ['Cat', 'Dan']                       # who ask where a row names nobody
-    path = write(tmp_path, 'many.jsonl', ann, *[dict(GSM8K_ROW, question=f'{i}?') for i in range(9)])
+    many = [dict(ann, question=f'{i}?', asker='') for i in range(9)]
+    path = write(tmp_path, 'many.jsonl', ann, *many)
     asked = [e['question'].split(': ')[0] for e in load_examples('gsm8k', path, 'test', names)]
     assert asked[0] == 'Ann' and set(asked[1:]) == set(names)
-    assert asked == [e['question'].split(': ')[0] for e in load_examples('gsm8k', path, 'train',
-                                                                         names)]
+    assert load_examples('gsm8k', path, 'train', names) == load_examples('gsm8k', path, 'test',
+                                                                         names)
     nums = [dict(nums=nums, target=6) for nums in ([3, 1, 2], [1, 2, 3], [1, 1, 4])]
     a, b, c, d = keys('countdown', *nums, dict(nums=[1, 2, 3], target=7, asker='Ben'))
     assert a == b and len({a, c, d}) == 3
@@ -522,8 +523,8 @@ def test_a_summary_has_wilsons_interval_and_averages():
     items = [dict(correct=1.0, reward=4.0, effective_tokens=10, generations='3+4=8\nWait, 3+4=7'),
              dict(correct=0.5, reward=1.0, effective_tokens=20, generations='7')]
     low, high = wilson(1, 2)
-    assert rewards.summary(items) == dict(accuracy=0.5, low=low, high=high, n=2, share=0.75, waits=0.5,
-                                          reward=2.5, effective_tokens=15.0)
+    assert rewards.summary(items) == dict(accuracy=0.5, low=low, high=high, n=2, share=0.75,
+                                          waits=0.5, reward=2.5, effective_tokens=15.0)
 
 
 def test_the_tool_scores_saved_generations(tmp_path):
