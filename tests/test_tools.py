@@ -1,4 +1,6 @@
 """The tools of tests/tools run, at tiny sizes, and do what they say; the forks of assets/forks."""
+import html.parser
+import json
 import math
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import draw                                                                  # n
 import exercises                                                             # noqa: E402
 import experiments                                                           # noqa: E402
 import gpu                                                                   # noqa: E402
+import microscope                                                            # noqa: E402
 import train                                                                 # noqa: E402
 
 torch.set_num_threads(1)     # matrices this small are slower with more
@@ -76,6 +79,92 @@ def test_draw_shows_each_token_from_its_step_on(tmp_path):
         begins.setdefault(step, set()).add(text.find('{*}animate').get('keyTimes'))
     times = [begins[step] for step in sorted(begins)]
     assert len(times) > 1 and times == [{time} for time in sorted(set().union(*times))]
+
+
+class Page(html.parser.HTMLParser):
+    """The attributes of a page's elements, and the JSON that it holds."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.attributes, self.json, self.in_json = set(), '', False
+        self.feed(text)
+        self.data = json.loads(self.json)
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes |= {name for name, _ in attributes}
+        self.in_json = ('type', 'application/json') in attributes
+
+    def handle_endtag(self, tag):
+        self.in_json = False
+
+    def handle_data(self, text):
+        if self.in_json:
+            self.json += text
+
+
+def test_microscope_shows_the_updates_of_a_mixed_and_a_flat_group(tmp_path, monkeypatch):
+    path = tmp_path / 'microscope.html'
+    loaded = microscope.load('nano')
+    before = {name: p.clone() for name, p in loaded[0].named_parameters()}
+    monkeypatch.setattr(microscope, 'load', lambda *_, **__: loaded)
+    epsilon = 0.02                               # so narrow that three updates are clipped
+    microscope.main(['--out', str(path), '--num_generations', '4', '--num_iterations', '3',
+                     '--epsilon', str(epsilon)])
+    for name, p in loaded[0].named_parameters():                 # each group begins with these
+        assert p.equal(before[name])
+    page = Page(path.read_text())
+    assert path.stat().st_size < 500_000
+    assert not page.attributes & {'src', 'href'}
+    template = microscope.TEMPLATE.read_text()
+    for outside in ('://', 'url(', '@import', 'fetch', 'innerHTML', 'eval'):
+        assert outside not in template
+    mixed, flat = page.data['groups']
+    assert flat['flat'] and not mixed['flat']
+    assert page.data['settings']['epsilon'] == epsilon
+
+    defaults = train.defaults('nano', 'countdown')
+    for group in (mixed, flat):
+        lengths = torch.tensor(group['lengths'])
+        counts = torch.arange(defaults['gen_length']) < lengths[:, None]     # (G, L)
+        rewards = torch.tensor(group['rewards'])
+        assert torch.tensor(group['advantages']).allclose(rewards - rewards.mean(), atol=1e-3)
+        for name in ('tokens', 'commit_steps'):
+            assert all(len(row) == defaults['gen_length'] for row in group[name])
+        assert torch.tensor(group['commit_steps']).max() < defaults['steps']
+        # the sampler's confidence by its own code, and by StepMerge with a view per step
+        confidence = torch.tensor(group['confidence'])
+        along_rollout = torch.tensor(group['along_rollout'])
+        assert (confidence - along_rollout.exp())[counts].abs().max() < 1e-3
+        one_step = torch.tensor(group['one_step'])
+        assert one_step.shape == counts.shape and not one_step[~counts].any()
+
+        assert len(group['updates']) == 3
+        for update in group['updates']:
+            for row in update['prompt_mask']:
+                assert len(row) == len(group['prompt'])
+            # what the page marks as cut is what the loss has counted
+            clip = torch.tensor(update['clip'])
+            cut = update['stats']['clip_high'] + update['stats']['clip_low']
+            assert clip[counts].float().mean().item() == pytest.approx(cut, abs=1e-3)
+            ratio = torch.tensor(update['ratio'])
+            assert ratio[counts].mean().item() == pytest.approx(update['stats']['ratio'], abs=1e-3)
+            assert (ratio[~counts] == 1).all() and not clip[~counts].any()
+        first, second, _ = group['updates']
+        assert first['prompt_mask'] != second['prompt_mask']
+        assert (torch.tensor(first['ratio']) == 1).all()         # no step has been made
+        assert first['old'] != second['old']
+
+    for update in flat['updates']:               # and none is ever made
+        assert (torch.tensor(update['ratio_after']) == 1).all() and update['grad_norm'] == 0
+    assert any(map(any, mixed['updates'][1]['clip']))
+    # a step raises its own objective
+    gain = torch.tensor(mixed['updates'][0]['ratio_after']) - 1              # 0 after the end
+    assert (torch.tensor(mixed['advantages'])[:, None] * gain).mean() > 0
+
+
+def test_microscope_is_safe_from_what_a_model_writes():
+    groups = [dict(tokens=[['</script><script>alert(1)</script>', '<!--', '$DATA']])]
+    assert Page(microscope.page({}, groups)).data['groups'] == groups
 
 
 def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsys):
