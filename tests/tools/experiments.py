@@ -265,8 +265,8 @@ def truth(args, base, task, stage, num_groups, draws):
     parts = dict(total=0, first=0, other=0)      # of the exact gradient
     exact_mean = 0
     for group in groups:
-        logps = exact_logps(model, group.prompt_ids, group.completion_ids, group.commit_steps,
-                            group.completion_mask, settings.block_length, settings.temperature)
+        logps = exact_logps(model, group.prompt_ids, group.completion_ids, group.completion_mask,
+                            group.commit_steps, settings.block_length, settings.temperature)
         first = policy_gradient(model, logps * (group.commit_steps == 0), group.advantages)
         other = policy_gradient(model, logps * (group.commit_steps > 0), group.advantages)
         exact = logps.detach().sum(1)
