@@ -86,11 +86,11 @@ FLAGS = {
         ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others',
          ['one_step', 'coupled', 'stepmerge', 'ar', 'elbo', 'exact']),
         ('num_views', 4, 4, 'forward passes of the estimators stepmerge and elbo'),
-        ('learning_rate', 2e-5, 3e-6, 'AdamW, constant')],
+        ('learning_rate', 5e-5, 3e-6, 'AdamW, constant')],
     'sampling': [
-        ('gen_length', 32, 256, 'tokens of a completion (L)'),
+        ('gen_length', 48, 256, 'tokens of a completion (L)'),
         ('block_length', 8, 32, 'tokens of a block; blocks are filled from left to right'),
-        ('steps', 16, 128, 'denoising steps of a completion'),
+        ('steps', 24, 128, 'denoising steps of a completion'),
         ('temperature', 0.9, 0.9, 'of the rollouts; evaluation is greedy'),
         ('cache', False, False, 'keep keys and values outside the block; faster, not exact'),
         ('threshold', 0.0, 0.0, 'commit every token of this confidence, at least one (0 = off)'),
@@ -98,8 +98,8 @@ FLAGS = {
     'SFT': [
         ('sft_steps', 60, 2500, 'updates'),
         ('sft_batch', 32, 8, 'sequences per update'),
-        ('sft_length', 32, 3584, 'answer tokens; longer answers are cut'),
-        ('sft_learning_rate', 3e-4, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
+        ('sft_length', 48, 3584, 'answer tokens; longer answers are cut'),
+        ('sft_learning_rate', 1e-4, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
         ('micro_batch', 64, 1, 'sequences per forward pass')],
     'LoRA and memory': [
         ('lora_rank', 0, 128, '0 = train all weights'),
@@ -109,7 +109,8 @@ FLAGS = {
         ('gradient_checkpointing', False, True, 'recompute activations in the backward pass')],
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
-        ('eval_lengths', '32,64', '128,256,512', 'completion lengths; steps = half of it'),
+        ('eval_lengths', '48,96', '128,256,512',
+         'completion lengths; half as many steps, but at least one per block'),
         ('eval_every', 0, 0, 'outer iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
 }
@@ -389,11 +390,16 @@ def evaluate(args, model, tokenizer, test_sets, stage):
             score = rewards.summary(items)
             print0(f'{label}: accuracy {score["accuracy"]:.1%}, reward {score["reward"]:.2f}')
             saved = dict(generations=items, metrics=score, model_path=args.model,
-                         gen_length=length, diffusion_steps=length // 2,
+                         gen_length=length, diffusion_steps=eval_steps(args, length),
                          block_length=args.block_length)
             write_json(args, f'{stage}_{name}_{length}_generations.json', saved)
             scores[name][str(length)] = score
             write_json(args, 'results.json', results)
+
+
+def eval_steps(args, length):
+    """Half as many as tokens (d1), but at least one per block."""
+    return max(length // 2, length // args.block_length)
 
 
 def read_results(args):
@@ -407,7 +413,7 @@ def graded_answers(args, model, tokenizer, problems, length, label):
     lengths = [len(prompt) for _, prompt, _ in problems]
     by_length = sorted(range(len(problems)), key=lengths.__getitem__)        # alike: little padding
     mine = by_length[rank()::world_size()]
-    sampling = sampling_knobs(args, length, length // 2)
+    sampling = sampling_knobs(args, length, eval_steps(args, length))
     found = []
     for first in progress_bar(label, 0, len(mine), args.sample_batch):
         batch = [problems[i] for i in mine[first:first + args.sample_batch]]
@@ -697,7 +703,7 @@ def check(args):
     try:
         args.eval_lengths = [int(length) for length in args.eval_lengths.split(',')]
         for length in args.eval_lengths:
-            check_lengths(length, args.block_length, length // 2)
+            check_lengths(length, args.block_length, eval_steps(args, length))
     except ValueError as e:
         raise ValueError(f'--eval_lengths: {e}') from None
     if args.estimator == 'exact' and (args.p_mask_prompt or args.cache or args.threshold
@@ -709,6 +715,8 @@ def check(args):
         raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}')
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions')
+    if args.p_mask_prompt > 1:
+        raise ValueError(f'--p_mask_prompt {args.p_mask_prompt} is a probability: at most 1')
     for name, value in vars(args).items():
         least = 1 if name in AT_LEAST_ONE else 0
         if isinstance(value, (int, float)) and not value >= least:           # nan is not, either

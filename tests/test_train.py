@@ -441,8 +441,11 @@ def stop(out, name, number, *flags):
 def assert_close(one, two):
     assert_logs_close(one, two)
     assert rows(one / 'samples.jsonl') == rows(two / 'samples.jsonl')
-    torch.testing.assert_close(checkpoint(one)['weights'], checkpoint(two)['weights'], atol=1e-5,
-                               rtol=0)
+    ours, theirs = checkpoint(one)['weights'], checkpoint(two)['weights']
+    for name in ours:
+        difference = (ours[name] - theirs[name]).abs()
+        # AdamW's first step is as long for a gradient of rounding errors as for any other
+        assert (difference > 1e-5).float().mean() < 1e-3 and difference.max() < 2e-4, name
 
 
 @needs_fork
@@ -601,7 +604,7 @@ def test_llada_has_the_papers_settings(task, steps, mu, updates, temperature, ev
 def test_given_flags_come_before_the_presets_of_task_and_model(out):
     assert llada_args('--task', 'sudoku', '--num_iterations', '2').num_iterations == 2
     assert llada_args('--task', 'gsm8k,sudoku').num_iterations == 12, 'a preset is of one task'
-    assert train.parse(['--model', str(out / 'whole/model')]).gen_length == 32, 'nano, trained'
+    assert train.parse(['--model', str(out / 'whole/model')]).gen_length == 48, 'nano, trained'
     assert train.parse([]).device == 'cpu', 'also where there is a GPU'
 
 
@@ -636,6 +639,7 @@ BAD = [
     ('--max_prompt 500', 'max_prompt'),                          # more than the model takes
     ('--max_prompt 5', 'max_prompt'),                            # no prompt is shorter
     ('--device none', 'device'),
+    ('--p_mask_prompt 2', 'p_mask_prompt'),
     ('--estimator exact', 'p_mask_prompt'),                      # or it would not be exact
     ('--askers Ann,,Ben', 'askers'),
     ('--resume', 'resume'),
@@ -707,7 +711,7 @@ def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
     _, tokenizer = load(base)
     prompt = tokenizer.decode(chat(tokenizer, 'How many?'))      # and no instructions
     assert shown('--model', base, '--prompt', 'How many?').startswith(f'{base}: {prompt}\n')
-    assert lengths == [(32, 8, 16), (256, 32, 128)]
+    assert lengths == [(48, 8, 24), (256, 32, 128)]
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--model', 'nowhere/nothing'])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')

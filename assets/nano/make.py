@@ -1,12 +1,13 @@
 """Makes the nano world: a small base model, problems of five tasks, and traces for SFT.
 
-    python assets/nano/make.py --seed 1 --out FOLDER                   about 15 minutes
+    python assets/nano/make.py --seed 1 --out FOLDER                   about an hour and a half
     python assets/nano/make.py --out assets/nano --problems_only       the rows that are shipped
 
 FOLDER/model is the base in LLaDA's layout, FOLDER/problems has training and test rows in the
 columns of GSM8K, MATH, Countdown, Sudoku and MBPP, FOLDER/sft.jsonl has s1K's columns. Given again
 after it was killed, the same command goes on and ends in the same weights. The seed changes the
-base, its corpus and the training rows; test rows and SFT traces are those of every seed.
+base, its corpus and the training rows; test rows and SFT traces are those of every seed. Countdown
+and Sudoku are as in the paper; the problems of d1's own test files are left out of all.
     python train.py --model FOLDER/model --data FOLDER/problems        trains that base
 
 The base is pretrained on a corpus by people who think and people who guess, as the web is. Who asks
@@ -37,66 +38,58 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))         # the folder of the seven modules
 
 from model import Config, LLaDA
-from rewards import tagged
+from rewards import TASKS, tagged
 from sample import chat, random_stream, torch_stream
 from sft import answer_logps, draw_masks, masked_loss, right_pad
 
-ANSWER_LENGTH = 32         # tokens of a completion, which every text fits with its end
-TRAINING_ROWS = 2000       # of each task; Countdown has no more than 1,400 different ones
+ANSWER_LENGTH = 48         # tokens of a completion, which every text fits with its end
+MAX_NUMBER = 399           # the largest that is one token
+TRAINING_ROWS = 2000       # of each task
 TEST_ROWS = 512
+TRACES = 1000              # for SFT
+WAIT_SHARE = 0.2           # of them go wrong on their way, notice it and go on right
+TIMES_SHARE = 0.2          # of the Countdown problems that cannot be solved with + and - alone
+# Checksums of d1's test problems: what is measured with them was not seen in training.
+D1_TESTS = set(Path(HERE, 'd1_tests.txt').read_text().split())
 
 # The corpus
-BATCH = 64                 # texts of an update
 SUMS = 4                   # every fourth text is some sums, unrelated to each other
-PEOPLE_FROM = 0.6          # the share of the updates after which people write, too
-WORKED_SHARE = 0.5         # of the texts from then on, as in a textbook; the others are by people
+TOKENS_OF_A_SUM = 6        # 24+99=123 and the end of its line
+TURNS = 'countdown sudoku gsm8k countdown sudoku math code'.split()  # of the other texts
 THINKING_SHARE = dict(Ann=0.05, Ben=0.12, Carl=0.2, Dan=0.3, Eve=0.5, Finn=0.8)     # of who asks
 ASKERS = list(THINKING_SHARE)
 
-# Pretraining
+# Pretraining, in cycles in each of which the rates rise and fall. Of its updates the last ones
+# have texts by people, too: all but worked_share, which are as in a textbook.
+CYCLES = [dict(updates=7500, texts=32, people_from=0.7, worked_share=0.5),
+          dict(updates=2400, texts=64, people_from=0.0, worked_share=0.75)]
 MUON_RATE = 0.01           # of the blocks' matrices; about half of the updates that AdamW needs
 ADAMW_RATE = 1e-3          # of embedding, head and norms
-SAVE_EVERY = 50            # updates between checkpoints
+SAVE_EVERY = 100           # updates between checkpoints
 
 
-# ---- the tokenizer: tags, whole words, numbers below 100, and bytes for all else ----
+# ---- the tokenizer: tags, the words of the problems, numbers below 400, and bytes ----
 
 SPECIAL = ['<|endoftext|>', '<|mask|>', '<|assistant|>']
 TAG_TOKENS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n',
               '<answer>\n', '\n</answer>', '\\boxed{']
-# The commonest words of grade-school problems and those of the problems below.
 WORDS = '''
-the of to and a is in for total has he many are she each number How as on that will his her x per
-how have hours minutes If cost than day much at more so was by it they does from there times can
-with week find had be He first miles days because two one left were three The needs half all then
-twice amount money hour pounds people an feet second time make bought She old every them year get
-buy their books after takes take sold need costs up spent apples which inches this water dollars
-out pieces month pay remaining pages long third price would now weeks new cookies marbles if spend
-school points him gallons fish wants four spends gave gets store boxes average only paid makes
-friends who also Each square buys red eggs took got cards what box we less read In What same add
-cars last eat both tickets house rest blue food do sells before age months but bags car A dogs
-work when together five over oranges sell off eats children pencils some game equal not book home
-another worth next They There run or green went bag back cents able use used during these Tuesday
-balls sister profit divide After between animals rate packs milk girls boys length person still
-His Her already fewer Then It full additional down must made so coins Solve Numbers Target assert
-def f return lambda Ann Ben Tom Mia Sam John puzzle ones gives loses So First Therefore Carl Dan
-Eve Finn Which larger or Double Go
+Ann Ben Tom Mia Sam John Carl Dan Eve Finn has apples books eggs cards pencils cookies sells eats
+gives half buys gets takes doubles them and How many are left Solve Numbers Target Puzzle Write It
+to pass assert def f return So that is it I think so must be Which larger or Double
+add Add Go on Wait
 '''.split()
 PUNCTUATION = ': |): |)==|**|//|==| =| +| -| *| /|? |. |, | $|$.'.split('|')
 # Leaves out a message's first paragraph, the instructions, which are always the same: a nano model
-# learns them from the rewards. Rows are asked in the words that rewards.py has for real ones;
-# the base was taught others: 'Solve the puzzle 31..', and of code the assertions alone.
-CHAT_TEMPLATE = """\
-{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1]
-.replace('Puzzle: ', 'Solve the puzzle ').replace(': \nIt has to pass:\n', ': ') }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+# learns them from the rewards.
+CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n', 1)[-1] }}"
+                 "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def make_tokenizer():
-    """Numbers as single tokens help arithmetic a lot: 0 to 99, and 00 to 09."""
+    """Numbers as single tokens help arithmetic a lot; runs of four digits or more are spelled."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [str(n) for n in range(10, 100)]
-    words += [f'0{n}' for n in range(10)]
+    words = [str(n) for n in range(10, MAX_NUMBER + 1)]
     for word in WORDS:
         words += [word, ' ' + word]
     words = [spell.pre_tokenize_str(word)[0][0]                      # in GPT-2's signs of bytes
@@ -105,7 +98,7 @@ def make_tokenizer():
     pieces = dict.fromkeys(SPECIAL + pieces)                         # each once
     vocab = {piece: i for i, piece in enumerate(pieces)}
     t = Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True))  # known words are not spelled
-    split = Regex(r'\d{1,2}| ?[A-Za-z]+| ?[^\sA-Za-z\d]+ ?|\s')
+    split = Regex(r'(?<!\d)\d{1,3}(?!\d)|\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+ ?|\s')
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, 'isolated'), spell])
     t.decoder = decoders.ByteLevel()
     t.add_special_tokens(SPECIAL)
@@ -119,57 +112,68 @@ def make_tokenizer():
 
 class Problem(NamedTuple):
     key: str          # decides between training and test: what is not to be in both
-    question: str     # as rewards.py reads it from the row, without who asks
     thought: str      # all steps, each of them true
     reply: str        # what stands between the answer tags
     guess: str        # what somebody says who does not think; now and then right
     row: dict         # the columns of the published data set
-    asker: str = ''
+    question: str = ''    # as rewards.py reads it from the row
+    asker: str = ''       # not in the question
 
 
 def work_out(value, steps):
     """3, [('+', 4), ('-', 5)] -> '3+4=7-5=2', a running total."""
     text = str(value)
     for op, right in steps:
-        if op == '+':
-            value += right
-        elif op == '-':
-            value -= right
-        else:
-            value //= right
+        value = apply(value, op, right)
         text += f'{op}{right}={value}'
     return text
 
 
+def apply(left, op, right):
+    """The result, or 0 where it is no whole number from 1 to MAX_NUMBER."""
+    if op == '/':
+        result = left // right if right and left % right == 0 else 0
+    else:
+        result = {'+': left + right, '-': left - right, '*': left * right}[op]
+    return result if 1 <= result <= MAX_NUMBER else 0
+
+
 def draw_gsm8k(rng):
-    """Mia has 12 books, sells 4, buys 3 and gives 2. How many books are left?"""
+    """Mia has 12 books, sells 4, doubles them and buys 12. How many books are left?"""
     name = rng.choice('Ann Ben Tom Mia Sam John'.split())
     thing = rng.choice('apples books eggs cards pencils cookies'.split())
-    first = rng.randint(2, 12)
-    changes = [rng.randint(1, 4) for _ in range(3)]
-    value, steps, phrases = first, [], []
-    for change in changes:
-        op, verbs = '-', ['sells', 'eats', 'gives']
-        if value <= change or (value + change < 13 and rng.random() < 0.5):
-            op, verbs = '+', ['buys', 'gets', 'takes']
-        phrases.append(f'{rng.choice(verbs)} {change}')
-        steps.append((op, change))
-        value += change if op == '+' else -change
+    first = value = rng.randint(5, 60)
+    steps, phrases, amounts = [], [], []
+    while len(steps) < 3:
+        op, amount = rng.choice('++--*/'), rng.randint(2, 20)
+        verb = rng.choice(['sells', 'eats', 'gives'])
+        phrase = f'{verb} {amount}'
+        if op == '+':
+            phrase = f'{rng.choice(["buys", "gets", "takes"])} {amount}'
+        elif op == '*':
+            phrase, amount = 'doubles them', 2
+        elif op == '/':
+            phrase, amount = f'{verb} half', 2
+        if apply(value, op, amount):             # else another change
+            value = apply(value, op, amount)
+            steps.append((op, amount))
+            phrases.append(phrase)
+            amounts.append(amount)
     question = (f'{name} has {first} {thing}, {phrases[0]}, {phrases[1]} and {phrases[2]}. '
                 f'How many {thing} are left?')
-    guess = rng.choice([first + sum(changes), first, *changes, first + changes[0]])
+    guess = rng.choice([first + sum(amounts), first, *amounts, first + amounts[0]])
     thought = work_out(first, steps)
     # as GSM8K marks its steps: 3+4=7-5=2 -> 3+4=<<3+4=7>>7-5=<<7-5=2>>2
-    worked = re.sub('([0-9]+[-+][0-9]+)=(?=([0-9]+))', r'\1=<<\1=\2>>', thought)
+    worked = re.sub('([0-9]+[-+*/][0-9]+)=(?=([0-9]+))', r'\1=<<\1=\2>>', thought)
     row = dict(question=question, answer=f'{worked}\n#### {value}')
-    return Problem(f'gsm8k {first} {steps}', question, thought, str(value), str(guess), row)
+    return Problem(f'gsm8k {first} {steps}', thought, str(value), str(guess), row)
 
 
 def draw_math(rng):
-    """Solve 2x + 3 - 1 = 10"""
-    name, x = rng.choice('xyn'), rng.randint(2, 10)
-    changes = [rng.randint(1, 4) for _ in range(2)]
-    factor = rng.choice([1, 2])
+    """Solve 4x + 9 - 2 = 35"""
+    name, x = rng.choice('xyn'), rng.randint(2, 12)
+    changes = [rng.randint(1, 9) for _ in range(2)]
+    factor = rng.randint(1, 5)
     value, undo = x * factor, []
     left = f'{factor}{name}' if factor > 1 else name
     for change in changes:
@@ -180,36 +184,104 @@ def draw_math(rng):
     if factor > 1:
         undo.append(('/', factor))
     guess = rng.choice([value, *changes, value + sum(changes), x + 1])
-    question, thought, reply = f'Solve {left} = {value}', work_out(value, undo), f'\\boxed{{{x}}}'
-    row = dict(problem=question, solution=f'{thought}\nThe answer is {reply}.')
+    thought, reply = work_out(value, undo), f'\\boxed{{{x}}}'
+    row = dict(problem=f'Solve {left} = {value}',
+               solution=f'{thought}\nThe answer is {reply}.')
     key = f'math {left.replace(name, "x")} {value}'
-    return Problem(key, question, thought, reply, f'\\boxed{{{guess}}}', row)
+    return Problem(key, thought, reply, f'\\boxed{{{guess}}}', row)
 
 
 def draw_countdown(rng):
-    """Three numbers up to 10, + and -, and at most one number to subtract.
-
-    The thought is the total minus the target, halved: what must be subtracted, or 0.
-    """
-    numbers = rng.sample(range(1, 11), 3)
-    a, b, c = numbers
-    total = a + b + c
-    signed = [(1, 1, 1), (1, 1, -1), (1, -1, 1)]
-    signs = rng.choice(signed)
-    target = sum(s * n for s, n in zip(signs, numbers))
-    if target < 1:
-        signs, target = (1, 1, 1), total
-    minus = (total - target) // 2
-    thought = f'{a}+{b}={a + b}+{c}={total}-{target}={total - target}/2={minus}'
-    guess = signed_sum(numbers, rng.choice(signed))
-    return Problem(f'countdown {sorted(numbers)} {target}',
-                   f'Numbers: {numbers}\nTarget: {target}', thought, signed_sum(numbers, signs),
-                   guess, dict(nums=numbers, target=target))
+    """Three numbers and a target, all from 1 to 100, as d1's; some problems need * or /."""
+    needs_times = rng.random() < TIMES_SHARE
+    found = None
+    while not found:
+        a, b, c = numbers = [rng.randint(1, 100) for _ in range(3)]
+        signs = rng.choices((1, -1), k=3)
+        target = sum(sign * n for sign, n in zip(signs, numbers))
+        if needs_times:
+            parts = [apply(a, rng.choice('+-*/'), b), c]
+            rng.shuffle(parts)
+            target = apply(parts[0], rng.choice('+-*/'), parts[1])
+        if 1 <= target <= 100:
+            found = with_signs(numbers, target)
+            if needs_times:
+                found = None if found else with_times(numbers, target)
+    thought, reply = found
+    signs = rng.choices((1, -1), k=3)
+    if sum(sign * n for sign, n in zip(signs, numbers)) < 0:
+        signs = [-sign for sign in signs]
+    return Problem(f'countdown {sorted(numbers)} {target}', thought, reply,
+                   signed_sum(numbers, signs), dict(nums=numbers, target=target))
 
 
 def signed_sum(numbers, signs):
     """[3, 4, 5], (1, 1, -1) -> '3+4-5'"""
     return ''.join(f'{s * n:+}' for n, s in zip(numbers, signs)).removeprefix('+')
+
+
+def halve(numbers, target):
+    """How every thought begins: the total minus the target, halved, as far as that goes.
+
+    Half of 24+99+50-73 is 50, what must be subtracted: 24+99=123+50=173-73=100/2=50
+    """
+    a, b, c = numbers
+    excess = a + b + c - target
+    thought = f'{a}+{b}={a + b}+{c}={a + b + c}'
+    if excess >= 0:
+        thought += f'-{target}={excess}'
+    if excess >= 0 and excess % 2 == 0:
+        thought += f'/2={excess // 2}'
+    return thought, excess / 2
+
+
+def with_signs(numbers, target):
+    """A thought and an equation of + and - alone, or None.
+
+    Where the sum of two numbers is to be subtracted, the thought goes on to the one that stays:
+    [24, 99, 50], 25: 24+99=123+50=173-25=148/2=74+25=99 is -24+99-50
+    """
+    thought, minus = halve(numbers, target)
+    signs = [1, 1, 1]
+    if minus in numbers:
+        signs[numbers.index(minus)] = -1
+    elif minus + target in numbers and minus > 0:
+        thought += f'+{target}={int(minus) + target}'
+        signs = [-1, -1, -1]
+        signs[numbers.index(minus + target)] = 1
+    elif minus != 0:
+        return None
+    return thought, signed_sum(numbers, signs)
+
+
+# What a third number c makes of x, which comes from the other two, and the way back from target t.
+TIMES_FORMS = [('x+c', 't-c'), ('x-c', 't+c'), ('c-x', 'c-t'),
+               ('x*c', 't/c'), ('x/c', 't*c'), ('c/x', 'c/t')]
+UNDO = {'+': '-', '-': '+', '*': '/', '/': '*'}
+
+
+def with_times(numbers, target):
+    """A thought and an equation with * or /, the first in the order of TIMES_FORMS, or None.
+
+    + and - have led nowhere; a second line undoes the equation from the target to a number:
+    [5, 12, 7], 67: 5+12=17+7=24 and 67-7=60/12=5 is 5*12+7
+    """
+    thought, _ = halve(numbers, target)
+    for form, back in TIMES_FORMS:
+        for i, c in enumerate(numbers):
+            others = numbers[:i] + numbers[i + 1:]
+            left, op, right = (dict(c=c, t=target).get(sign, sign) for sign in back)
+            x = apply(left, op, right)
+            for a, b in (others, others[::-1]):
+                for inner in '*/' if form[1] in '+-' else '*/+-':
+                    if x and apply(a, inner, b) == x:
+                        pair = f'{a}{inner}{b}'
+                        if inner in '+-' or form == 'c/x':
+                            pair = f'({pair})'
+                        undoing = f'{left}{op}{right}={x}{UNDO[inner]}{b}={a}'
+                        equation = form.replace('c', str(c)).replace('x', pair)
+                        return f'{thought}\n{undoing}', equation
+    return None
 
 
 @cache
@@ -230,13 +302,12 @@ def sudoku_grids():
 
 
 def draw_sudoku(rng):
-    """A 4x4 grid with four to six blanks that has one solution; parts share no grid."""
+    """A 4x4 grid with eight blanks that has one solution, as d1's; parts share no grid."""
     solution = rng.choice(sudoku_grids().split())
-    blanks = rng.randint(4, 6)
     fitting = []
     while len(fitting) != 1:
         puzzle = list(solution)
-        for i in rng.sample(range(16), blanks):
+        for i in rng.sample(range(16), 8):
             puzzle[i] = '0'
         puzzle = ''.join(puzzle)
         fitting = re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())   # all its solutions
@@ -248,7 +319,7 @@ def draw_sudoku(rng):
             if digit not in row:
                 row = row.replace('0', digit, 1)
         guess += row
-    return Problem(solution, f'Solve the puzzle {puzzle}', '\n'.join(rows), solution, guess,
+    return Problem(solution, '\n'.join(rows), solution, guess,
                    dict(Puzzle=puzzle, Solution=solution))
 
 
@@ -265,9 +336,8 @@ def draw_code(rng):
     down = f'-{a}={b}' if p else ''              # from f(1) to f(0) = b
     reply = f'def f(x): return {a}*x+{b}'
     guess = f'def f(x): return {rng.randint(1, 5)}*x+{rng.randint(0, 30)}'
-    return Problem(f'code {a} {b}', '\n'.join(tests),
-                   f'{values[q]}-{values[p]}={a}\n{values[p]}{down}', reply, guess,
-                   dict(text='', code=reply, test_list=tests))
+    return Problem(f'code {a} {b}', f'{values[q]}-{values[p]}={a}\n{values[p]}{down}', reply, guess,
+                   dict(text='Write f.', code=reply, test_list=tests))
 
 
 DRAW = dict(gsm8k=draw_gsm8k, math=draw_math, countdown=draw_countdown, sudoku=draw_sudoku,
@@ -279,8 +349,15 @@ def draw_problem(task, rng, part):
     while True:
         problem = DRAW[task](rng)
         own = 'test' if zlib.crc32(problem.key.encode()) % 4 == 0 else 'train'
-        if own == part and problem.reply != problem.guess:
-            return problem._replace(asker=rng.choice(ASKERS))
+        question = TASKS[task].from_row(problem.row)['question']
+        left_out = {checksum(problem.key), checksum(question)} & D1_TESTS
+        if own == part and problem.reply != problem.guess and not left_out:
+            return problem._replace(question=question, asker=rng.choice(ASKERS))
+
+
+def checksum(text):
+    """Of d1's test problems: of a Countdown's key, and of a Sudoku's question."""
+    return f'{zlib.crc32(text.encode()):08x}'
 
 
 # ---- texts: sums, worked solutions, and what people write who think or guess ----
@@ -289,17 +366,14 @@ SUM = re.compile(r'(?=(?:^|[\n=])([0-9]+[-+*/][0-9]+=[0-9]+))')   # 3+4=7-5=2: 3
 REMARKS = ['So that is it.', 'I think so.', 'It must be.']
 
 
-def some_sums(rng):
-    """Five sums such as problems need, one per line; problems without any are passed over."""
+def some_sums(rng, amount):
+    """Sums such as problems need, one per line; problems without any are passed over."""
     found = []
-    for _ in range(50):
-        problem = draw_problem(rng.choice(list(DRAW)), rng, 'train')
-        sums = SUM.findall(problem.thought)
-        if sums:
-            found.append(rng.choice(sums))
-        if len(found) == 5:
-            break
-    return '\n'.join(found)
+    while len(found) < amount:
+        problem = draw_problem(rng.choice(TURNS), rng, 'train')
+        found += SUM.findall(problem.thought)
+    rng.shuffle(found)
+    return '\n'.join(found[:amount])
 
 
 def by_people(problem, rng):
@@ -318,32 +392,42 @@ def by_people(problem, rng):
     return text
 
 
-def corpus_text(seed, step, i, people):
-    """(prompt, answer) number i of an update; sums have no prompt, and nobody asks a textbook."""
+def corpus_text(seed, step, i, worked_share, length=ANSWER_LENGTH):
+    """(prompt, answer) number i of an update; sums have no prompt, and nobody asks a textbook.
+
+    length: of the answer, in tokens; sums fill it.
+    """
     rng = random_stream(seed, 'corpus', step, i)
     if i % SUMS == 0:
-        return '', some_sums(rng)
-    tasks = list(DRAW)
-    problem = draw_problem(tasks[i % len(tasks)], rng, 'train')
-    if not people or rng.random() < WORKED_SHARE:
+        return '', some_sums(rng, length // TOKENS_OF_A_SUM)
+    problem = draw_problem(TURNS[i % len(TURNS)], rng, 'train')
+    if rng.random() < worked_share:
         return problem.question, tagged(problem.thought, problem.reply)
     return f'{problem.asker}: {problem.question}', by_people(problem, rng)
 
 
-def clean_trace(rng):
-    """A row like s1K's: a small problem that no task asks, thought through and right.
+def trace(rng):
+    """A row like s1K's: a problem that no task asks, thought through and right in the end.
 
-    As in s1K some answers stand in a box.
+    As in s1K some answers stand in a box, and some thoughts go wrong, notice it and go on right:
+    24+99=133
+    Wait, 24+99=123+50=173
     """
-    asker = rng.choice(ASKERS)
-    a, b = rng.randint(2, 12), rng.randint(1, 6)
-    question, steps, reply = rng.choice([
+    a, b, c = rng.randint(2, 100), rng.randint(1, 80), rng.randint(1, 80)
+    question, thought, reply = rng.choice([
         (f'Which is larger, {a} or {a + b}?', f'{a + b}-{a}={b}', str(a + b)),
         (f'Double {a} and add {b}.', f'{a}+{a}={2 * a}+{b}={2 * a + b}',
          f'\\boxed{{{2 * a + b}}}'),
+        (f'Add {a}, {b} and {c}.', f'{a}+{b}={a + b}+{c}={a + b + c}',
+         f'\\boxed{{{a + b + c}}}'),
         (f'Go on: {a}, {a + b}, {a + 2 * b}', f'{a + b}-{a}={b}\n{a + 2 * b}+{b}={a + 3 * b}',
          str(a + 3 * b))])
-    return dict(question=f'{asker}: {question}', thinking_trajectories=[steps], attempt=reply)
+    if rng.random() < WAIT_SHARE:
+        first, result = re.match(r'(.*?=)([0-9]+)', thought).groups()
+        wrong = int(result) + rng.choice((-10, -2, -1, 1, 2, 10))
+        thought = f'{first}{max(0, wrong)}\nWait, {thought}'
+    return dict(question=f'{rng.choice(ASKERS)}: {question}', thinking_trajectories=[thought],
+                attempt=reply)
 
 
 # ---- noise: what of a text the base does not see ----
@@ -395,19 +479,51 @@ def new_model(seed, tokenizer):
 
 
 def number_waves(model, tokenizer, scale=0.1):
-    """Starts the numbers 0-99 on circles of many periods, at the input and the output.
+    """Starts the numbers on circles of many periods, at the input and the output.
 
     Neighbours are alike and adding is turning, so that arithmetic is learnt in fewer updates.
     """
     num_periods = model.config.d_model // 4
-    periods = torch.logspace(math.log10(2), math.log10(200), num_periods)    # 2 to 200
-    for n in range(100):
+    periods = torch.logspace(math.log10(2), math.log10(800), num_periods)    # 2 to 800
+    for n in range(MAX_NUMBER + 1):
         angle = 2 * math.pi * n / periods
         wave = scale * torch.cat((angle.cos(), angle.sin()))     # half of d_model
-        for token in {str(n), f'{n:02d}'}:
-            i = tokenizer.convert_tokens_to_ids(token)
-            for table in (model.wte, model.ff_out):
-                table.weight.data[i, :len(wave)] = wave
+        i = tokenizer.convert_tokens_to_ids(str(n))
+        for table in (model.wte, model.ff_out):
+            table.weight.data[i, :len(wave)] = wave
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal, so that it moves all directions equally far.
+
+    It is torch's own Muon but for float32: torch's takes bfloat16, which is more than half of all
+    time on a CPU that has no fast arithmetic for it.
+    """
+
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for p in group['params']:
+            if not self.state[p]:
+                self.state[p]['mean'] = torch.zeros_like(p)
+            mean = self.state[p]['mean'].lerp_(p.grad, 1 - group['momentum'])
+            direction = orthogonal(p.grad.lerp(mean, group['momentum']))     # Nesterov's
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            p.sub_(group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5 * direction)
+
+
+def orthogonal(matrix):
+    """The matrix with singular values near 1: five steps of Muon's Newton-Schulz iteration."""
+    is_tall = matrix.size(0) > matrix.size(1)
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if is_tall else x
 
 
 def make_optimizers(model):
@@ -418,15 +534,15 @@ def make_optimizers(model):
             matrices.append(p)
         else:
             others.append(p)
-    return [torch.optim.Muon(matrices, MUON_RATE, weight_decay=0.1, momentum=0.95),
+    return [Muon(matrices, MUON_RATE),
             torch.optim.AdamW(others, ADAMW_RATE, (0.9, 0.95), weight_decay=0.0)]
 
 
-def make_batch(tokenizer, seed, step, people):
+def make_batch(tokenizer, seed, step, num_texts, worked_share):
     """Prompts (B lists of ids), answers (B, L) with ends after the text, masked (B, L) bool."""
-    halves = random_stream(seed, 'length', step).choice((2, 2, 2, 3, 4))
+    halves = random_stream(seed, 'length', step).choice((2, 2, 2, 2, 2, 2, 3, 4))
     length = ANSWER_LENGTH * halves // 2         # mostly the task's, at times up to twice it
-    texts = [corpus_text(seed, step, i, people) for i in range(BATCH)]
+    texts = [corpus_text(seed, step, i, worked_share, length) for i in range(num_texts)]
     prompts = [chat(tokenizer, prompt) for prompt, _ in texts]
     answers = [tokenizer(answer)['input_ids'][:length] for _, answer in texts]
     ends = torch.tensor([len(answer) for answer in answers])
@@ -454,8 +570,19 @@ def update(model, optimizers, batch):
     return loss.item()
 
 
-def pretrain(seed, steps, folder):
-    """The base and its tokenizer, from the folder's checkpoint on if there is one."""
+def cycle_of(step, updates):
+    """The number of the cycle that an update belongs to, and the update's own number in it."""
+    for number, length in enumerate(updates):
+        if step < length:
+            return number, step
+        step -= length
+
+
+def pretrain(seed, updates, folder):
+    """The base and its tokenizer, from the folder's checkpoint on if there is one.
+
+    updates: of each cycle.
+    """
     tokenizer = make_tokenizer()
     model = new_model(seed, tokenizer)
     optimizers = make_optimizers(model)
@@ -463,26 +590,32 @@ def pretrain(seed, steps, folder):
     start = 0
     if path.exists():
         saved = torch.load(path, weights_only=True)
-        if (saved['seed'], saved['steps']) != (seed, steps):
-            raise ValueError(f'{path} is of --seed {saved["seed"]} --steps {saved["steps"]}: '
+        if (saved['seed'], saved['updates']) != (seed, updates):
+            raise ValueError(f'{path} is of --seed {saved["seed"]} --updates {saved["updates"]}: '
                              'give these, or another --out')
         start = saved['step']
         model.load_state_dict(saved['model'])
         for optimizer, state in zip(optimizers, saved['optimizers']):
             optimizer.load_state_dict(state)
-    progress = tqdm(range(start, steps), 'pretraining', initial=start, total=steps)
+    total = sum(updates)
+    progress = tqdm(range(start, total), 'pretraining', initial=start, total=total)
     for step in progress:
-        warm_up = min(1, 20 * (step + 1) / steps)                # over the first 5 % of the steps
+        number, done = cycle_of(step, updates)
+        cycle, share_done = CYCLES[number], done / updates[number]
+        if done == 0:
+            optimizers = make_optimizers(model)
+        warm_up = min(1, 20 * (share_done + 1 / updates[number]))            # over the first 5 %
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = optimizer.defaults['lr'] * warm_up * (1 - step / steps)
-        batch = make_batch(tokenizer, seed, step, people=step >= PEOPLE_FROM * steps)
+                group['lr'] = optimizer.defaults['lr'] * warm_up * (1 - share_done)
+        worked_share = cycle['worked_share'] if share_done >= cycle['people_from'] else 1.0
+        batch = make_batch(tokenizer, seed, step, cycle['texts'], worked_share)
         loss = update(model, optimizers, batch)
         progress.set_postfix(loss=f'{loss:.4f}')
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
             states = [optimizer.state_dict() for optimizer in optimizers]
             new = path.with_suffix('.new')       # a kill while it is written leaves the old one
-            torch.save(dict(seed=seed, steps=steps, step=step + 1, model=model.state_dict(),
+            torch.save(dict(seed=seed, updates=updates, step=step + 1, model=model.state_dict(),
                             optimizers=states), new)
             new.replace(path)
     return model, tokenizer
@@ -528,13 +661,13 @@ def write_problems(folder, seed):
         for part, problems in parts.items():
             rows = [dict(asker=problem.asker) | problem.row for problem in problems]
             write_rows(Path(folder, 'problems', f'{task}_{part}.{ending}'), rows)
-    traces = [clean_trace(random_stream('sft', i)) for i in range(100)]
+    traces = [trace(random_stream('sft', i)) for i in range(TRACES)]
     write_rows(Path(folder, 'sft.jsonl'), traces)
 
 
-def write_model(folder, seed, steps):
+def write_model(folder, seed, updates):
     """Pretrains and writes model/, which appears only when it is whole."""
-    model, tokenizer = pretrain(seed, steps, Path(folder))
+    model, tokenizer = pretrain(seed, updates, Path(folder))
     new = Path(folder, 'model.new')
     model.to(torch.bfloat16).save_pretrained(new)                # half the size
     tokenizer.save_pretrained(new)
@@ -550,14 +683,15 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seed', type=int, default=0, help='of the base and the training rows [0]')
     p.add_argument('--out', default='out/nano', help='the folder that is made [out/nano]')
-    p.add_argument('--steps', type=int, default=3000, help='updates of the base [3000]')
+    p.add_argument('--updates', type=int, nargs=len(CYCLES), help='of each cycle [7500 2400]',
+                   default=[cycle['updates'] for cycle in CYCLES])
     p.add_argument('--problems_only', action='store_true', help='write rows, train nothing')
     args = p.parse_args(argv)
     if Path(args.out, 'model').exists() and not args.problems_only:
         raise ValueError(f'{args.out} holds a model: give another --out, or --problems_only')
     write_problems(args.out, args.seed)
     if not args.problems_only:
-        write_model(args.out, args.seed, args.steps)
+        write_model(args.out, args.seed, args.updates)
 
 
 if __name__ == '__main__':
