@@ -178,7 +178,7 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
         less_sure |= ~passed_over.unsqueeze(-1)                  # elsewhere the sum is 1
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
         share = others.sum(1, keepdim=True) / committed.sum(1, keepdim=True).clamp(min=1)
-        total = total + (own + share) * committed
+        total = total + (own + share).masked_fill(~committed, 0)
     after_end = total.masked_fill(completion_mask, 0).sum(dim=1, keepdim=True)
     end = completion_mask & ~completion_mask.roll(-1, dims=1)                # (B, L): the last one
     end[:, -1] = completion_mask[:, -1]
