@@ -81,6 +81,56 @@ def test_draw_shows_each_token_from_its_step_on(tmp_path):
     assert len(times) > 1 and times == [{time} for time in sorted(set().union(*times))]
 
 
+def idea(path):
+    """The drawing's elements by class, after it has been drawn."""
+    draw.main(['--idea', '--out', str(path)])
+    svg = xml.etree.ElementTree.parse(path).getroot()
+    found = {}
+    for element in svg.iter():
+        kind = element.tag.rpartition('}')[2], element.get('class')
+        found.setdefault(kind, []).append(element)
+    return found
+
+
+def test_the_drawing_of_the_idea_has_the_numbers_of_the_code(tmp_path, monkeypatch):
+    def shown(kind):
+        return [float(element.text) for element in found['text', kind]]
+
+    def lengths(kind, side):
+        return torch.tensor([float(element.get(side)) for element in found['rect', kind]])
+    found = idea(tmp_path / 'first.svg')
+    task = draw.rewards.TASKS['gsm8k']
+    scores = [task.reward(completion, draw.PROBLEM) for completion in draw.GROUP]
+    assert shown('reward') == scores and len(set(scores)) == 4
+    mean = sum(scores) / 4
+    assert shown('advantage') == [pytest.approx(score - mean, abs=0.006) for score in scores]
+    bars = lengths('advantage', 'width')
+    ratios = torch.tensor([abs(score - mean) for score in scores]) / (max(scores) - mean)
+    assert (bars / bars[0] - ratios).abs().max() < 0.01
+
+    _, holes, _, logps = draw.one_step('nano', draw.GROUP[0], seed=0)
+    p = torch.tensor(logps).exp()
+    assert (lengths('probability', 'height') - (40 * p).clamp(min=1)).abs().max() < 0.06
+    assert (torch.tensor(shown('percent')) - 100 * p).abs().max() < 0.51
+    texts = [element.text for element in found['text', '']]
+    assert texts.count('\u2592') == sum(holes) + len(logps)
+
+    right = float(idea(tmp_path / 'again.svg')['svg', None][0].get('viewBox').split()[2])
+    for box in found['rect', 'frame']:
+        assert float(box.get('x')) + float(box.get('width')) < right
+    starts = [(element, element.text) for element in found['text', 'completion']]
+    ends = [float(element.get('x')) - draw.CHAR * 4 for element in found['text', 'reward']]
+    for (element, words), end in zip(starts, ends):
+        assert float(element.get('x')) + draw.CHAR * len(words) < end
+
+    def grade(completion, example):              # pays for nothing but the guess
+        return float('15' in completion), False
+    monkeypatch.setitem(draw.rewards.TASKS, 'gsm8k', task._replace(grade=grade))
+    found = idea(tmp_path / 'other.svg')
+    assert shown('reward') == [0, 0, 1, 0]
+    assert shown('advantage') == [-0.25, -0.25, 0.75, -0.25]
+
+
 class Page(html.parser.HTMLParser):
     """The attributes of a page's elements, and the JSON that it holds."""
 
@@ -194,16 +244,36 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
         assert all(math.isfinite(value) for value in values.values())
 
 
-def test_every_stub_of_the_exercises_fails_and_every_solution_passes(tmp_path):
+def test_every_stub_of_the_exercises_fails_and_says_how_it_is_graded(tmp_path):
     exercises.write(tmp_path / 'copy')
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'exercises.py']
     done = subprocess.run(command, cwd=tmp_path / 'copy', capture_output=True, text=True)
-    assert '10 failed' in done.stdout and 'passed' not in done.stdout, done.stdout
+    number = len(exercises.EXERCISES)
+    assert 10 <= number <= 12
+    assert f'{number} failed' in done.stdout and 'passed' not in done.stdout, done.stdout
     sheet = (tmp_path / 'copy/EXERCISES.md').read_text()
     for _, function, *_ in exercises.EXERCISES:
-        grader = getattr(exercises, f'test_{function}')
-        grader()                                 # on our own code
-        assert f'{grader.__name__}`' in sheet
+        assert f'-k test_{function}`' in sheet and hasattr(exercises, f'test_{function}')
+    for command in sheet.split('`'):             # whatever flags it names exist
+        flags = command.replace('\n', ' ').replace('"', '').split()
+        if flags and flags[0].startswith('--'):
+            known = dict(train.defaults('nano'))
+            assert {flag.removeprefix('--') for flag in flags if flag.startswith('--')} <= {*known}
+
+
+def test_a_grader_needs_only_the_exercises_before_it(monkeypatch):
+    """And our own code passes it, without what comes later."""
+    def empty(*_, **__):
+        raise NotImplementedError
+    functions = [function for _, function, *_ in exercises.EXERCISES]
+    modules = [sys.modules[name] for name in ('model', 'sample', 'loglik', 'grpo', 'sft', 'train')]
+    for number, function in enumerate(functions, 1):
+        with monkeypatch.context() as patches:
+            for later in functions[number:]:
+                for module in modules:
+                    if hasattr(module, later):
+                        patches.setattr(module, later, empty)
+            getattr(exercises, f'test_{function}')()
 
 
 FORKS = dict(                                    # patch -> flags that need it

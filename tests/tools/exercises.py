@@ -1,4 +1,4 @@
-"""Exercises for a course: the project with ten functions emptied, and a grader for each.
+"""Exercises for a course: the project with twelve functions emptied, and a grader for each.
 
     python tests/tools/exercises.py FOLDER    writes the copy, its sheet EXERCISES.md and this file
     python -m pytest -q exercises.py          in the copy: grades all; -k NAME grades one
@@ -14,55 +14,96 @@ from types import SimpleNamespace
 import torch
 
 HERE = Path(__file__).resolve()
-# (file, function, background, hint), in the order in which they are solved
+# (file, function, minutes, background, hint), in the order in which they are solved
 EXERCISES = [
-    ('grpo.py', 'group_advantages', 'd1, equation 2: what earned more than its group is made '
+    ('grpo.py', 'group_advantages', 10, 'd1, equation 2: what earned more than its group is made '
      'likelier.', 'view(-1, num_generations), and keepdim.'),
-    ('grpo.py', 'up_to_end', 'A completion is over at its first end token, which counts: the '
+    ('grpo.py', 'up_to_end', 15, 'A completion is over at its first end token, which counts: the '
      'model has to learn to stop.', 'How many ends stand before a position? cumsum.'),
-    ('sft.py', 'draw_masks', 'LLaDA masks each token of an answer with a probability t of its own '
-     'answer (d1, Algorithm 2).', 'One random start; t of row i is i/B further on, modulo 1.'),
-    ('sft.py', 'masked_loss', 'The cross-entropy of the masked tokens, weighed by 1/t, so that '
+    ('sft.py', 'draw_masks', 20, 'LLaDA masks each token of an answer with a probability t of its '
+     'own answer (d1, Algorithm 2).', 'One random start; t of row i is i/B further on, modulo 1.'),
+    ('sft.py', 'masked_loss', 10, 'The cross-entropy of the masked tokens, weighed by 1/t, so that '
      'every token counts the same in expectation.', 'One line.'),
-    ('loglik.py', 'random_prompt_mask', 'd1, section 3.1: holes in the prompt make another view of '
-     'the same completion.', 'The prefill must stay in sight.'),
-    ('loglik.py', 'completion_logps', 'The mean field: one forward pass, the whole completion '
+    ('loglik.py', 'random_prompt_mask', 10, 'd1, section 3.1: holes in the prompt make another '
+     'view of the same completion.', 'The prefill must stay in sight.'),
+    ('loglik.py', 'completion_logps', 45, 'The mean field: one forward pass, the whole completion '
      'masked, every token scored on its own.', 'Without views there is one, with all masked.'),
-    ('grpo.py', 'grpo_loss', 'd1, equation 4: PPO\'s clip with a ratio per token, and the k3 '
+    ('grpo.py', 'grpo_loss', 45, 'd1, equation 4: PPO\'s clip with a ratio per token, and the k3 '
      'estimate of the KL.', 'Start with mu = 1, where the ratio is 1. min is the pessimist.'),
-    ('sample.py', 'commit_counts', 'The masks of a block are shared out over its steps.', 'divmod'),
-    ('sample.py', 'generate', 'LLaDA\'s sampler: blocks from left to right, and in a block the '
-     'predictions first of which the model is surest.', 'choose, pad_mask, guide and has_end are '
-     'given. Begin with one row, without an end, padding or guidance.'),
-    ('model.py', 'last_adapter_off', 'The reference policy is the policy without the adapter in '
-     'training.', 'try, yield, finally: switch it on again after an error, too.'),
+    ('sample.py', 'generate', 60, 'LLaDA\'s sampler: blocks from left to right, and in a block '
+     'the predictions first of which the model is surest.', 'choose, commit_counts, pad_mask, '
+     'guide and has_end are given. Begin with one row, without an end, padding or guidance.'),
+    ('loglik.py', 'stepmerge_views', 20, 'The mean field scores a token without its neighbours; '
+     'the sampler saw those that it had committed. So let the estimate see them, too. Then try '
+     '`--estimator stepmerge`.', 'Which part does step s belong to? In the first one nothing is '
+     'in sight.'),
+    ('grpo.py', 'rejection_loss', 15, 'The rival of RL: SFT on what came out right. Then try '
+     '`--loss rejection --estimator elbo --num_views 1`.', 'A group may have no right one.'),
+    ('loglik.py', 'exact_logps', 90, 'The sampler draws at every mask but commits only the surest '
+     'draws, so that even what it threw away tells something: it was less sure. Then try '
+     '`--estimator exact --p_mask_prompt 0`.', 'drawn_tokens is given. Begin with one block, '
+     'temperature 1 and one token per step; then c as a minimum and the equal shares, then '
+     'blocks, and what follows an end last. Give a tie (within TIE) to the committed token.'),
+    ('model.py', 'last_adapter_off', 20, 'The reference policy is the policy without the adapter '
+     'in training. Then try `--lora_rank 8 --beta 0.04`.',
+     'try, yield, finally: switch it on again after an error, too.'),
 ]
+CORE = 8     # with so many of them solved, train.py runs
+INTRODUCTION = '''# Exercises
+
+For the teacher:
+- `python tests/tools/exercises.py FOLDER`, in the project, has written this folder. Hand it out as
+  it is; the solutions are the project itself.
+- Students install (`pip install -r requirements.txt`), fill in one function after another, and run
+  the line below it. A laptop's CPU is enough.
+- All at once: `python -m pytest -q exercises.py`, ten seconds. Copy your own exercises.py over
+  theirs first, for it holds the graders.
+- Time, an estimate for somebody who knows what follows: {core} minutes for the first {CORE},
+  {rest} for the others, and an evening to weeks for each open question.
+- To know before: Python, tensors and autograd in PyTorch, cross-entropy, the policy gradient.
+
+For the student: {number} functions have lost their bodies; their docstrings say what they do, and
+the paper is d1 (arXiv 2504.12216). Solve them in this order. After number {CORE}
+`python train.py --task gsm8k` works; each of the others adds something to it.
+'''
 QUESTIONS = '''
 ## Open questions, from an evening to a project
 
-Each can be compared with a measured result in the README or in assets/notebook.md.
+Flags go behind `python train.py --task countdown --stages grpo`, a run takes minutes, and no
+difference is to be believed before three seeds agree. What we measured stands in
+assets/findings.md of the project: look there last. The first three are debates that the field has
+not settled.
 
-1. **Does the prompt mask earn its keep?** It costs half of the gradient's direction (README), and
-   yet random masks beat fixed ones when a rollout serves many updates (mu 24: 80 against 59 %).
-   What happens at `--num_iterations 24 --p_mask_prompt 0`?
-2. **Fixed or random masks.** Where between mu 2, at which they are equal, and mu 24 do they part?
-   Look at clip_high and at the ratio in log.jsonl: what do fixed masks overfit?
-3. **The KL term.** `--beta 0.04` ends at 70.9 % where none ends at 83.4 (five tasks, five bases).
-   Is it the groups without a gradient? Leave the KL out of those (`grpo_loss`).
-4. **Choice and skill.** From the base coupled views end at 45.5 % and d1's at 82.8, from SFT
-   models at 76.4 and 76.8: they do not see the choice that the first step makes (README). Both
-   at half weight (assets/forks/estimator.patch) end at 77.0 from the base. Which weights are
-   best, and should they change while it learns?
-5. **Blocks.** Train with `--block_length 8` and evaluate with 4, 16 and 32. What does a policy
-   learn about its sampler?
-6. **A reward of your own.** Give half of the points for short completions (`grade_gsm8k` in
-   rewards.py). Does the policy find a way to be paid without thinking?
-7. **SFT that spoils nothing.** On base 2 SFT takes Countdown from 59 to 0 %, and no reward is left
-   for diffu-GRPO (README). Which dose (`--sft_learning_rate`, `--sft_steps`) keeps it, and can
-   you tell without looking at the tasks?
-8. **A task of your own.** Add one in a section of rewards.py and in assets/nano/make.py, make a
-   base that knows it (`python assets/nano/make.py --out FOLDER`), and see whether diffu-GRPO
-   finds thinking there.
+1. **Which tokens should a view hide?** Those that come later and are easy (IM, arXiv 2609.25927),
+   or those of which the model is unsure (EGSPO, arXiv 2603.12554)? Write both as views
+   (`draw_views` in loglik.py; a first pass of `completion_logps` tells how sure it is) and set them
+   against `--estimator coupled`, which hides at random, and `--estimator stepmerge --num_views 2`.
+2. **Is RL needed at all?** Masked SFT on one's own right rollouts never learns from a wrong one:
+   `--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0` against the default. Compare
+   at equal forward passes, not iterations: a completion costs 24 for its rollout and per update 2,
+   or 1 with this loss, which has no old log-probs. Does the rival find thinking where the base
+   seldom thinks?
+3. **The flexibility trap.** JustGRPO (arXiv 2601.15165) says that any order lets a model avoid the
+   hard tokens, and trains left to right: `--block_length 1 --steps 48 --estimator ar
+   --p_mask_prompt 0`, 48 passes per update. Does the base, too, solve more problems in k tries left
+   to right (`sample_texts` in grpo.py, temperature 0.9, k = 1 to 64)? And after RL, for as much
+   compute?
+4. **Prompt masks when a rollout serves many updates.** `--num_iterations 24` with
+   `--p_mask_prompt 0.15`, with 0, and with `--fixed_mask`. Look at ratio and clip_high in
+   out/NAME/log.jsonl: what does a policy overfit that always sees the same view?
+5. **What is the exact gradient worth?** `--estimator exact --p_mask_prompt 0` knows the sampler's
+   own likelihood, for up to 24 passes instead of one. Is it ahead of `--p_mask_prompt 0` at
+   equal iterations, at equal passes, and when every completion thinks from the start
+   (`--prefill "<reasoning>"`)?
+6. **SFT that spoils nothing.** Find a dose (`--stages sft`, `--sft_steps`, `--sft_learning_rate`)
+   that teaches the form and leaves Countdown alone. A fifth of the traces go wrong, say Wait and go
+   on right: does the model say it where it errs, and does diffu-GRPO make it say so more often?
+7. **Blocks at evaluation.** Train with the default, blocks of 8; then evaluate with other ones:
+   `--model out/NAME/model --eval_only --block_length 48`, 16, 4. What has a policy learnt about its
+   sampler?
+8. **A reward, or a task, of your own.** Pay for short completions (`grade_gsm8k` in rewards.py): is
+   it paid without thinking? Or add a section to rewards.py and rows to `--data`: what does the base
+   need to know for RL to find the rest?
 '''
 
 
@@ -93,13 +134,17 @@ def write(folder):
     shutil.copytree(root / 'assets/nano', folder / 'assets/nano')
     shutil.copy(root / 'assets/judge.py', folder / 'assets')
     shutil.copy(HERE, folder)
-    sheet = ['# Exercises', '', 'Ten functions have lost their bodies; their docstrings say what '
-             'they do. Solve them in this order; after the last one `python train.py --task gsm8k` '
-             'works.', '']
-    for number, (file, function, background, hint) in enumerate(EXERCISES, 1):
-        sheet += [f'{number}. **`{function}` in {file}.** {background} *Hint: {hint}*  ',
-                  f'   `python -m pytest -q exercises.py -k test_{function}`']
-    (folder / 'EXERCISES.md').write_text('\n'.join(sheet) + '\n' + QUESTIONS)
+    (folder / 'EXERCISES.md').write_text(sheet())
+
+
+def sheet():
+    minutes = [exercise[2] for exercise in EXERCISES]
+    text = INTRODUCTION.format(core=sum(minutes[:CORE]), rest=sum(minutes[CORE:]), CORE=CORE,
+                               number=len(EXERCISES))
+    for number, (file, function, about, background, hint) in enumerate(EXERCISES, 1):
+        text += (f'\n{number}. **`{function}` in {file}**, {about} minutes. {background} '
+                 f'*Hint: {hint}*  \n   `python -m pytest -q exercises.py -k test_{function}`')
+    return text + '\n' + QUESTIONS
 
 
 # ---- graders ----
@@ -201,12 +246,6 @@ def test_grpo_loss():
     close(loss, torch.tensor(0.1 * (2 - math.log(2) - 1)))
 
 
-def test_commit_counts():
-    from sample import commit_counts
-    assert commit_counts(8, 3) == [3, 3, 2] and commit_counts(8, 4) == [2] * 4
-    assert sum(commit_counts(3, 5)) == 3
-
-
 class LovesMasks(Counting):
     def __call__(self, ids, attention_mask=None, positions=None):
         logits = super().__call__(ids, attention_mask, positions)
@@ -228,6 +267,98 @@ def test_generate():
     ids, steps = generate(ends, prompt, 4, 2, 4)
     assert ids.tolist() == [[3, 2, 0, 0]] * 2, 'the first block holds an end, 3'
     assert steps.tolist() == [[1, 0, 1, 1]] * 2
+
+
+def test_stepmerge_views():
+    from loglik import completion_logps, stepmerge_views
+    commit_steps = torch.tensor([[1, 0, 3, 2]])
+    [whole] = stepmerge_views(commit_steps, 1)
+    assert whole.masked.all() and whole.scored.all(), 'one part is the mean field'
+    first, second = stepmerge_views(commit_steps, 2)
+    assert first.masked.all() and first.scored.tolist() == [[True, True, False, False]]
+    assert second.masked.tolist() == second.scored.tolist() == [[False, False, True, True]]
+    first, second = stepmerge_views(torch.tensor([[0, 2, 1]]), 2)        # three steps
+    assert first.scored.tolist() == [[True, False, True]]
+    assert second.masked.tolist() == second.scored.tolist() == [[False, True, False]]
+    # a view per step: each token is the model's favourite, as when it was sampled
+    views = stepmerge_views(commit_steps, 4)
+    prompt, completion = torch.tensor([[5, 6]]), torch.tensor([[3, 2, 5, 4]])
+    found = completion_logps(Counting(), prompt, completion, prompt == 0, None, views)
+    close(found, torch.tensor([[s - math.log(math.exp(s) + 9) for s in (1, 3, 2, 4)]]))
+
+
+def test_rejection_loss():
+    from grpo import rejection_loss
+    from sft import masked_loss
+    logps = torch.tensor([[-1.0, -9.0], [-3.0, -2.0], [-4.0, -5.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, True], [True, True]])
+    loss, _ = rejection_loss(logps, torch.tensor([1.0, 1.0, 0.0]), mask)
+    close(loss, torch.tensor((1 + 3 + 2) / 3))   # three tokens are right, the others do not count
+    loss.backward()
+    close(logps.grad, torch.tensor([[-1, 0], [-1, -1], [0, 0]]) / 3)
+    assert rejection_loss(logps, torch.zeros(3), mask)[0] == 0, 'none is right: nothing to learn'
+    # of one noise level per completion, with all right, it is the loss of SFT
+    masked, t = torch.tensor([[True, False], [True, True]]), torch.tensor([[0.5], [0.25]])
+    logps = torch.tensor([[-1.0, 0.0], [-3.0, -2.0]])
+    close(rejection_loss(logps / t, torch.ones(2), torch.ones(2, 2, dtype=torch.bool))[0],
+          masked_loss(logps, masked, t, 4))
+
+
+class Table:
+    """A model that never looks: of position k the tokens 0 to 4 have probabilities[k]."""
+    config = SimpleNamespace(mask_id=1, eos_id=0, end_ids=(0,))
+
+    def __init__(self, probabilities):
+        self.logits = torch.tensor(probabilities).log()          # (L, V)
+
+    def __call__(self, ids, attention_mask=None, positions=None):
+        if positions is None:
+            prompt = torch.zeros(ids.size(1) - len(self.logits), self.logits.size(1))
+            return torch.cat((prompt, self.logits)).expand(len(ids), -1, -1)
+        return self.logits[positions - 2]                        # after a prompt of two
+
+
+def test_exact_logps():
+    from loglik import exact_logps
+
+    def found(probabilities, completion, commit_steps, block_length, temperature=1.0, length=None):
+        completion = torch.tensor([completion])
+        mask = torch.arange(completion.size(1))[None] < (length or completion.size(1))
+        return exact_logps(Table(probabilities), torch.tensor([[5, 6]]), completion, mask,
+                           torch.tensor([commit_steps]), block_length, temperature)[0].exp()
+
+    # two positions, tokens 2 and 3, a step for each
+    two = [[0, 0, 0.6, 0.4, 0], [0, 0, 0.3, 0.7, 0]]
+    # step 0 commits the first at 0.6, so the other one had drawn 2, for 3 would have been surer
+    close(found(two, [2, 2], [0, 1], 2), torch.tensor([0.6 * 0.3, 0.3]))
+    close(found(two, [2, 3], [0, 1], 2), torch.tensor([0.6 * 0.3, 0.7]))
+    close(found(two, [3, 2], [0, 1], 2), torch.tensor([0.4 * 0.3, 0.3]))
+    # step 0 commits the second: at 0.7, whatever the first one drew
+    close(found(two, [2, 3], [1, 0], 2), torch.tensor([0.6, 0.7]))
+    close(found(two, [3, 3], [1, 0], 2), torch.tensor([0.4, 0.7]))
+    # both in one step, or each in a block of its own: nothing is passed over
+    close(found(two, [2, 2], [0, 0], 2), torch.tensor([0.6, 0.3]))
+    close(found(two, [2, 2], [0, 1], 1), torch.tensor([0.6, 0.3]))
+    # 0.6 and 0.5 are committed, so the third was below 0.5, the lower one: 0.45, in equal shares
+    three = [[0, 0, 0.6, 0.4, 0], [0, 0, 0.5, 0.5, 0], [0, 0, 0.55, 0.45, 0]]
+    close(found(three, [2, 2, 2], [0, 0, 1], 3),
+          torch.tensor([0.6 * 0.45 ** 0.5, 0.5 * 0.45 ** 0.5, 0.55]))
+    # temperature 0.5 draws with squares, 1/2 and 4/7, but compares the plain 0.5 and 0.4
+    plain = [[0, 0, 0.5, 0.5, 0], [0.2, 0, 0.4, 0.2, 0.2]]
+    close(found(plain, [2, 3], [0, 1], 2, 0.5), torch.tensor([1 / 2, 1 / 7]))
+    # the mask, however likely, is never drawn: 0.3 and 0.2 are 0.6 and 0.4
+    masks = [[0, 0.5, 0.3, 0.2, 0], two[1]]
+    close(found(masks, [2, 2], [0, 1], 2), torch.tensor([0.6 * 0.3, 0.3]))
+    # 0 ends it: what was drawn after it in its block is the end's, the next block was never drawn
+    other = [0.05, 0, 0.3, 0.65, 0]
+    ends = [[0.6, 0, 0.4, 0, 0], other, other, other]
+    close(found(ends, [0, 2, 0, 0], [0, 1, 1, 1], 2, length=1),
+          torch.tensor([0.6 * 0.35 * 0.3, 1, 1, 1]))
+    # a step sees what earlier ones have committed: each token is the favourite, of nine
+    completion = torch.tensor([[3, 2, 5, 4]])
+    logps = exact_logps(Counting(), torch.tensor([[5, 6]]), completion, completion > 0,
+                        torch.tensor([[1, 0, 3, 2]]), 2, 1.0)
+    close(logps, torch.tensor([[s - math.log(math.exp(s) + 8) for s in (1, 3, 2, 4)]]))
 
 
 def test_last_adapter_off():
