@@ -1,15 +1,18 @@
-"""The runs behind the README's results, over bases of different seeds; hours on a CPU.
+"""The runs behind README and assets/findings.md, over bases of different seeds; hours on a CPU.
 
-    python tests/tools/experiments.py                    all cells that are not in assets/results/
-    python tests/tools/experiments.py --bases 0 --kinds base made d1 --tasks gsm8k
+    python tests/tools/experiments.py --d1 FOLDER        all cells that are not in assets/results/
+    python tests/tools/experiments.py --bases 0 --kinds sft grpo d1 --tasks countdown
     python tests/tools/experiments.py --tables           only the tables and figures
     python tests/tools/experiments.py --quick            all of it, coarsely, into out/quick/
 A cell is a run of train.py for one base, one kind and one task; the base's seed is the run's seed,
 so that the spread is what a user's own base and seed would give. A finished cell is a JSON line of
 assets/results/nano.jsonl. Stop at any time and repeat the command; several processes may share the
-work if each has its own bases. Figures need matplotlib.
+work if each has its own bases. --d1: the folder dataset/ of d1's repository, with its test files
+countdown_cd3_test.jsonl and 4x4_test_sudoku.csv; without it the built-in rows stand in their place.
+Figures need matplotlib.
 """
 import argparse
+import copy
 import itertools
 import json
 import subprocess
@@ -26,54 +29,51 @@ sys.path.insert(0, str(ROOT))                    # the folder of the seven modul
 import train                                                                 # noqa: E402
 from grpo import rollout                                                     # noqa: E402
 from loglik import (completion_logps, draw_views, exact_logps,               # noqa: E402
-                    random_prompt_mask)
+                    random_prompt_mask, stepmerge_views)
 from model import load                                                       # noqa: E402
 from sample import torch_stream                                              # noqa: E402
 
 ASSETS = ROOT / 'assets'
 TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
+GAMES = dict(countdown='countdown_cd3_test.jsonl', sudoku='4x4_test_sudoku.csv')     # d1's files
+ASKERS = '--askers Ann,Ben,Carl,Dan,Eve,Finn'
 ALL = ','.join(TASKS)
-# kind -> (tasks of one run, the model that it starts from, flags of train.py)
+THINK = '--prefill <reasoning>'
+# kind -> (tasks of one run each, the model that it starts from, flags of train.py)
 KINDS = {
-    'base': ([ALL], 'base', '--stages sft'),     # the base and, one for all tasks, the SFT model
-    'made': ([ALL], 'base', '--eval_only --prefill <reasoning>'),
-    'grpo': (TASKS, 'base', '--stages grpo'),
-    'd1': (TASKS, 'sft', '--stages grpo'),
-    'all': ([ALL], 'sft', '--stages grpo'),      # as many problems in all as a run for one task
-    'all5': ([ALL], 'sft', '--stages grpo --grpo_steps 200'),
-    # every completion thinks from the start, so that only skill is left to learn
-    'skill': (['math', 'code'], 'made', '--stages grpo --prefill <reasoning> --grpo_steps 80 '
-                                        '--eval_every 20 --eval_lengths 32'),
+    'published': (list(GAMES), 'base', '--eval_only'),           # asked by nobody, as in d1's files
+    'made': (list(GAMES), 'base', f'--eval_only {ASKERS} {THINK}'),      # all completions think
+    'sft': ([ALL], 'base', f'--stages sft {ASKERS}'),
+    'grpo': (TASKS, 'base', f'--stages grpo {ASKERS}'),
+    'd1': (TASKS, 'sft', f'--stages grpo {ASKERS}'),
+    'all-grpo': ([ALL], 'base', f'--stages grpo --grpo_steps 100 {ASKERS}'),
+    'all-d1': ([ALL], 'sft', f'--stages grpo --grpo_steps 100 {ASKERS}'),
 }
-# The paper's ablations and the later methods, one change each, with as many iterations as make the
-# forward passes of every cell equal: 40 * (16 denoising steps + 4 updates * 2 policies) = 960 per
-# completion, less those of groups of equal rewards, which are not trained on. From the base, which
-# must find thinking, and one model for all five tasks.
-ABLATIONS = {f'mu{mu}-{kind}': f'--num_iterations {mu} --grpo_steps {steps}{flag}'
-             for mu, steps in ((2, 48), (12, 24), (24, 15))
-             for kind, flag in (('random', ''), ('fixed', ' --fixed_mask'))}
-ABLATIONS |= {f'pmask{p}': f'--p_mask_prompt {p}' for p in (0, 0.3, 0.5, 0.7)}
-ABLATIONS |= {f'temperature{t}': f'--temperature {t}' for t in (0.6, 1.2)}
-ABLATIONS |= {'std': '--divide_by_std', 'sequence': '--norm sequence',
-              'epsilon0.2': '--epsilon 0.2',
-              'length64': '--gen_length 64 --steps 32 --grpo_steps 24'}
+# Only skill is left to learn where every completion thinks from the start.
+LONG = f'--stages grpo --grpo_steps 200 --eval_every 50 --eval_lengths 48 {ASKERS} {THINK}'
+SKILL = {'one_step': '', 'one_step-pmask0': '--p_mask_prompt 0',
+         'stepmerge4': '--estimator stepmerge --num_views 4 --p_mask_prompt 0',
+         'stepmerge8': '--estimator stepmerge --num_views 8 --p_mask_prompt 0',
+         'exact': '--estimator exact --p_mask_prompt 0',
+         'rejection': '--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0'}
+KINDS |= {f'skill-{name}': (['countdown'], 'base', f'{LONG} {flags}')
+          for name, flags in SKILL.items()}
+# One change each of a run from the base, which must find thinking, at equal iterations.
 METHODS = {
-    'stable': '--loss stable',
-    'wd1': '--loss wd1 --grpo_steps 48',
-    'elbo2': '--estimator elbo --num_views 2 --grpo_steps 30',
-    'stepmerge4': '--estimator stepmerge --num_views 4 --grpo_steps 20',
-    'coupled': '--estimator coupled --grpo_steps 30',
-    'espo': '--loss espo --estimator coupled --grpo_steps 30'}
-KL = {'beta0.04': '--beta 0.04', 'stable-kl': '--beta 0.04 --loss stable'}
-CHANGES = {'default': '', **METHODS, **ABLATIONS, **KL}
-KINDS |= {name: ([ALL], 'base', f'--stages grpo --eval_lengths 32 {flags}')
-          for name, flags in CHANGES.items()}
-# the later methods once more where SFT has shown how to think; 'all' is the default there
-KINDS |= {f'sft-{name}': ([ALL], 'sft', f'--stages grpo --eval_lengths 32 {flags}')
-          for name, flags in METHODS.items()}
-# lengths that neither the corpus nor training has seen; before and after 'default'
-KINDS |= {'long-base': ([ALL], 'base', '--eval_only --eval_lengths 96,128 --eval_n 256'),
-          'long-default': ([ALL], 'default', '--eval_only --eval_lengths 64,96,128 --eval_n 256')}
+    'pmask0': '--p_mask_prompt 0',
+    'stepmerge2': '--estimator stepmerge --num_views 2 --p_mask_prompt 0',
+    'stepmerge4': '--estimator stepmerge --num_views 4 --p_mask_prompt 0',
+    'exact': '--estimator exact --p_mask_prompt 0',
+    'coupled': '--estimator coupled', 'elbo2': '--estimator elbo --num_views 2',
+    'wd1': '--loss wd1', 'espo': '--loss espo --estimator coupled', 'stable': '--loss stable',
+    'left_to_right': '--block_length 1 --steps 48 --estimator ar --p_mask_prompt 0 '
+                     '--num_prompts 4 --num_iterations 1',
+    'rejection': '--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0',
+    'mu12-random': '--num_iterations 12', 'mu12-fixed': '--num_iterations 12 --fixed_mask',
+    'pmask0.5': '--p_mask_prompt 0.5', 'beta0.04': '--beta 0.04'}
+KINDS |= {f'{start}-{name}': (['countdown'], start,
+                              f'--stages grpo --eval_lengths 48 {ASKERS} {flags}')
+          for start in ('base', 'sft') for name, flags in METHODS.items()}
 
 
 # ---- cells ----
@@ -107,6 +107,13 @@ def base_and_data(args, base):
     return folder / 'model', folder / 'problems'
 
 
+def test_rows(args, tasks):
+    """--eval_data: d1's files for its games, else the built-in rows, which all bases share."""
+    sources = [args.d1 / GAMES[task] if args.d1 and task in GAMES else 'nano'
+               for task in tasks.split(',')]
+    return ','.join(map(str, sources))
+
+
 def cell_folder(args, base, kind, tasks):
     name = f'x-{kind}-{base}'
     if tasks != ALL:
@@ -126,13 +133,19 @@ def done_cells(args):
     return [(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)]
 
 
-def known_scores(args, base, start, tasks):
-    """What the model that a cell starts from has scored in an earlier cell, or {}."""
-    kind, stage = dict(base=('base', 'base'), made=('made', 'base'), sft=('base', 'sft'))[start]
+def known_scores(args, base, kind, tasks):
+    """What the model that a cell starts from has scored in the cell 'made' or 'sft', or {}."""
+    _, start, flags = KINDS[kind]
+    source, stage = ('sft', start)
+    if THINK in flags:
+        source, stage = 'made', 'base'
+    known = {}
     for row in rows_of(args.results):
-        if (row['base'], row['kind']) == (base, kind):
-            return {task: row['results'][stage][task] for task in tasks.split(',')}
-    return {}
+        if (row['base'], row['kind']) == (base, source):
+            known |= row['results'][stage]
+    if not set(tasks.split(',')) <= set(known):
+        return {}
+    return {task: known[task] for task in tasks.split(',')}
 
 
 def run_cell(args, base, kind, tasks):
@@ -140,15 +153,14 @@ def run_cell(args, base, kind, tasks):
     _, start, flags = KINDS[kind]
     model, data = base_and_data(args, base)
     if start == 'sft':
-        model = trained_model(args, base, 'base', ALL)
-    if start == 'default':
-        model = trained_model(args, base, 'default', ALL)
-    flags = (f'--model {model} --data {data} --task {tasks} --seed {base} --eval_n 512 '
-             f'--grpo_steps 40 {flags} {args.flags}').split()
+        model = trained_model(args, base, 'sft', ALL)
+    flags = (f'--model {model} --data {data} --eval_data {test_rows(args, tasks)} --task {tasks} '
+             f'--seed {base} --eval_n {args.n} --eval_lengths 24,48,96 --grpo_steps 40 '
+             f'{flags} {args.flags}').split()
     folder = cell_folder(args, base, kind, tasks)
     resume = ['--resume'] if folder.exists() else []
-    if not folder.exists() and '--stages' in flags and kind != 'base':
-        scores = known_scores(args, base, start, tasks)
+    if not folder.exists() and '--stages grpo' in ' '.join(flags):
+        scores = known_scores(args, base, kind, tasks)
         if scores:                               # the run adds what it evaluates itself
             folder.mkdir(parents=True)
             (folder / 'results.json').write_text(json.dumps(dict(base=scores)))
@@ -158,28 +170,59 @@ def run_cell(args, base, kind, tasks):
     seconds = time.time() - began
 
     results = json.loads((folder / 'results.json').read_text())
+    for scores in results.values():
+        for by_length in scores.values():
+            for numbers in by_length.values():
+                numbers.update({key: round(value, 4) for key, value in numbers.items()})
     log = [row for row in rows_of(folder / 'log.jsonl') if row['stage'] == 'grpo']
     curve = {}
-    for key in ('reward', 'length', 'kl', 'grad_norm', 'seconds'):
+    for key in ('reward', 'length', 'kl', 'flat_groups', 'grad_norm', 'seconds'):
         if log and key in log[0]:
-            curve[key] = [round(row[key], 4) for row in log]
-    command = ' '.join(['python train.py', *flags]).replace(str(args.out), 'out')
+            curve[key] = [round(row.get(key, 0), 4) for row in log]
+    command = ' '.join(['python train.py', *flags])
+    for folder, name in ((args.out, 'out'), (args.d1, 'D1')):
+        command = command.replace(str(folder), name)
     if (base, kind, tasks) not in done_cells(args):              # else only its model was gone
         append(args.results, dict(base=base, kind=kind, tasks=tasks, command=command,
-                                  seconds=seconds, threads=torch.get_num_threads(),
+                                  seconds=round(seconds), threads=torch.get_num_threads(),
                                   results=results, curve=curve))
     print(base, kind, tasks, f'{seconds:.0f} s', flush=True)
+
+
+# ---- pass@k: whether samples ever hold the right answer ----
+
+def samples(args, base, task, num_problems, k=8):
+    """Samples of the base made to think, in any order and left to right; a line of passk.jsonl."""
+    model, data = base_and_data(args, base)
+    model, tokenizer = load(str(model))
+    line = dict(base=base, task=task, problems=num_problems, k=k)
+    for order, block_length in (('any order', 8), ('left to right', 1)):
+        settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
+                               f'--eval_n {num_problems} {THINK} {ASKERS}'.split())
+        problems = train.load_test_sets(settings, tokenizer)[task]
+        sampling = train.sampling_knobs(settings, settings.gen_length,
+                                        settings.gen_length // (2 if block_length > 1 else 1),
+                                        settings.temperature)
+        sampling['block_length'] = block_length
+        right = []
+        for i, problem in enumerate(problems):
+            [group] = rollout(model, tokenizer, [(i, *problem)], k, sampling, base, 0,
+                              settings.prefill)
+            right.append((group.correct == 1).float())
+        right = torch.stack(right)                               # (problems, k)
+        line[order] = dict(pass1=right.mean().item(), passk=right.amax(1).mean().item())
+    append(args.passk, line)
+    print('pass@k', base, task, line, flush=True)
 
 
 # ---- the mean field against the exact likelihood ----
 
 # name -> (estimator, forward passes, p_mask_prompt)
-ESTIMATORS = {f'one_step, p_mask {p}': ('one_step', 1, p) for p in (0, 0.15, 0.3, 0.5)}
-ESTIMATORS |= {'coupled': ('coupled', 2, 0.15), 'coupled, p_mask 0': ('coupled', 2, 0)}
-ESTIMATORS |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 16)}
-ESTIMATORS |= {f'elbo {n}': ('elbo', n, 0) for n in (1, 2, 4, 16)}
-ESTIMATORS |= {'stepmerge 4, p_mask 0.15': ('stepmerge', 4, 0.15),       # as in training
-               'elbo 2, p_mask 0.15': ('elbo', 2, 0.15)}
+ESTIMATORS = {f'one_step, p_mask {p}': ('one_step', 1, p) for p in (0, 0.15)}
+ESTIMATORS |= {'coupled, p_mask 0.15': ('coupled', 2, 0.15), 'coupled': ('coupled', 2, 0)}
+ESTIMATORS |= {f'stepmerge {n}': ('stepmerge', n, 0) for n in (2, 4, 8, 24)}
+ESTIMATORS |= {'stepmerge 4, p_mask 0.15': ('stepmerge', 4, 0.15)}
+ESTIMATORS |= {f'elbo {n}': ('elbo', n, 0) for n in (2, 4)}
 
 
 def groups_with_a_gradient(settings, model, tokenizer, num_groups):
@@ -242,6 +285,16 @@ def compare(sequences, gradients, exact, exact_gradient):
         norm=(gradients.norm(dim=1).mean() / size).item(), noise=(variance.sqrt() / size).item())
 
 
+def own_logps(model, group, temperature):
+    """The first product alone, (G, L): every token's log p^T in the sight of all earlier steps."""
+    model = copy.deepcopy(model)
+    model.ff_out.weight.data /= temperature      # and so all logits
+    no_mask = torch.zeros_like(group.prompt_ids, dtype=torch.bool)
+    views = stepmerge_views(group.commit_steps, int(group.commit_steps.max()) + 1)
+    return completion_logps(model, group.prompt_ids, group.completion_ids, no_mask,
+                            group.completion_mask, views)
+
+
 def truth(args, base, task, stage, num_groups, draws):
     """Each estimator against the exact likelihood of rollouts; appends a line to truth.jsonl.
 
@@ -251,7 +304,7 @@ def truth(args, base, task, stage, num_groups, draws):
     """
     folder, data = base_and_data(args, base)
     if stage == 'sft':
-        folder = trained_model(args, base, 'base', ALL)
+        folder = trained_model(args, base, 'sft', ALL)
     if stage == 'd1':
         folder = trained_model(args, base, 'd1', task)
     model, tokenizer = load(str(folder))
@@ -263,7 +316,7 @@ def truth(args, base, task, stage, num_groups, draws):
     found = {name: [] for name in ESTIMATORS}    # a dict per group
     sums = dict.fromkeys(ESTIMATORS, 0)          # of the gradients of each group's first draw
     parts = dict(total=0, first=0, other=0)      # of the exact gradient
-    exact_mean = 0
+    exact_mean, positions_mean = 0, 0
     for group in groups:
         logps = exact_logps(model, group.prompt_ids, group.completion_ids, group.completion_mask,
                             group.commit_steps, settings.block_length, settings.temperature)
@@ -271,6 +324,9 @@ def truth(args, base, task, stage, num_groups, draws):
         other = policy_gradient(model, logps * (group.commit_steps > 0), group.advantages)
         exact = logps.detach().sum(1)
         exact_mean += exact.mean().item() / len(groups)
+        with torch.no_grad():
+            own = own_logps(model, group, settings.temperature).sum(1)
+        positions_mean += (exact - own).mean().item() / len(groups)
         for part, gradient in dict(total=first + other, first=first, other=other).items():
             parts[part] = parts[part] + gradient
         for name in ESTIMATORS:
@@ -290,8 +346,9 @@ def truth(args, base, task, stage, num_groups, draws):
         estimators[name]['forwards'] = ESTIMATORS[name][1]
     share = (parts['first'].norm() / parts['total'].norm()).item()
     append(args.truth, dict(base=base, task=task, stage=stage, groups=len(groups),
-                            completions=8 * len(groups), draws=draws, exact_logp=exact_mean,
-                            first_share=share, estimators=estimators))
+                            completions=8 * len(groups), draws=draws,
+                            exact_logp=round(exact_mean, 4), positions=round(positions_mean, 4),
+                            first_share=round(share, 4), estimators=estimators))
     print('truth', base, task, stage, flush=True)
 
 
@@ -324,11 +381,13 @@ def print_head(cells):
     print('| --- ' * len(cells) + '|')
 
 
-def spread(values, scale=100):
-    """'mean (lowest to highest)'"""
+def spread(values):
+    """'mean (lowest to highest)' in %, or one value."""
     if not values:
         return '-'
-    values = [scale * value for value in values]
+    values = [100 * value for value in values]
+    if len(values) == 1:
+        return f'{values[0]:.1f}'
     return f'{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})'
 
 
@@ -342,63 +401,58 @@ def scores(rows, kind, stage, task, length, key='accuracy'):
     return found
 
 
-def score(row, stage, task):
-    return row['results'][stage][task]['32']['accuracy']
+# a row of the paper's Table 1 -> (kind, stage) of cells
+TABLE_1 = {'one constant answer': ('sft', 'constant'), 'a rule, no model': ('sft', 'rule'),
+           'base, as published': ('published', 'base'), 'base, asked by people': ('sft', 'base'),
+           'base made to think': ('made', 'base'), '+ SFT': ('sft', 'sft'),
+           '+ diffu-GRPO': ('grpo', 'grpo'), 'd1': ('d1', 'grpo'),
+           'one diffu-GRPO for all': ('all-grpo', 'grpo'), 'one d1 for all': ('all-d1', 'grpo')}
 
 
-def mean_score(row, stage):
-    return mean([score(row, stage, task) for task in TASKS])
+def table_1(rows, task, key='accuracy'):
+    """Accuracy in % of every stage at each length; effective tokens and Waits beside it."""
+    lengths = (24, 48, 96)
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'sft'})
+    print(f'\n{NAMES[task]}: {key} in %, mean (lowest to highest) over bases {bases}\n')
+    print_head(['', *[f'{length} tokens' for length in lengths], 'effective tokens', 'Wait'])
+    for label, column in TABLE_1.items():
+        cells = [spread(scores(rows, *column, task, length, key)) for length in lengths]
+        tokens = scores(rows, *column, task, 48, 'effective_tokens')
+        if tokens:
+            waits = spread(scores(rows, *column, task, 48, 'waits'))
+            print_row([label, *cells, f'{mean(tokens):.1f}', waits])
 
 
-def main_table(rows, length):
-    """Accuracy in % of every stage at one completion length; effective tokens beside it."""
-    columns = {'base': ('base', 'base'), 'base made to think': ('made', 'base'),
-               '+ SFT': ('base', 'sft'), '+ diffu-GRPO': ('grpo', 'grpo'), 'd1': ('d1', 'grpo'),
-               'one diffu-GRPO for all': ('default', 'grpo'), 'one d1 for all': ('all', 'grpo'),
-               '5 times longer': ('all5', 'grpo')}               # -> (kind, stage)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'd1'})
-    print(f'\nAccuracy in % at {length} tokens, mean (lowest to highest) over bases {bases}\n')
-    print_head(['task', *columns, 'tokens: base, d1'])
-    for task in TASKS:
-        cells = [spread(scores(rows, *column, task, length)) for column in columns.values()]
-        tokens = []
-        for column in ('base', 'd1'):
-            values = scores(rows, *columns[column], task, length, 'effective_tokens')
-            tokens.append(f'{mean(values):.1f}' if values else '-')
-        print_row([task, *cells, ', '.join(tokens)])
+def methods_table(rows):
+    """Countdown after each change, from the base and from SFT; what it cost."""
+    print('\nCountdown at 48 tokens after 40 iterations, one change each\n')
+    print_head(['change', 'from the base', 'from SFT', 'seconds per iteration'])
+    for name in ['default', *METHODS]:
+        kinds = [f'base-{name}', f'sft-{name}']
+        if name == 'default':
+            kinds = ['grpo', 'd1']
+        found = [row for row in rows if row['kind'] in kinds and row['tasks'] == 'countdown']
+        if found:
+            seconds = mean([mean(row['curve']['seconds']) for row in found])
+            print_row([name, *[spread(scores(rows, kind, 'grpo', 'countdown', 48))
+                               for kind in kinds], f'{seconds:.2f}'])
 
 
-def change_table(rows, start):
-    """One change each, one model for all tasks, from the base or from the SFT model."""
-    if start == 'base':
-        default = 'default'
-        lines = [('base', 'base', 'base'), ('made', 'base', 'base made to think')]
-        lines += [(name, 'grpo', flags or 'default') for name, flags in CHANGES.items()]
-    else:
-        default = 'all'
-        lines = [('base', 'sft', 'SFT'), ('all', 'grpo', 'default')]
-        lines += [(f'sft-{name}', 'grpo', flags) for name, flags in METHODS.items()]
-    print(f'\nFrom {start}: accuracy in % at 32 tokens, mean over bases; mean of the five tasks '
-          '(lowest to highest base); found: tasks and bases that gained at least 15 points\n')
-    print_head(['change', 'bases', *NAMES.values(), 'mean', 'found', 'iterations', 'seconds'])
-    before = {row['base']: row for row in rows if row['kind'] == 'base'}
-    bases = {row['base'] for row in rows if row['kind'] == default}
-    for kind, stage, label in lines:
-        some = [row for row in rows if row['kind'] == kind and row['base'] in bases]
-        if not some:
-            continue
-        accuracies = [mean(scores(some, kind, stage, task, 32)) for task in TASKS]
-        gains = [score(row, stage, task) - score(before[row['base']], start, task)
-                 for row in some for task in TASKS]
-        found = sum(gain >= 0.15 for gain in gains)
-        iterations, seconds = 0, 0
-        if stage == 'grpo':
-            iterations = len(some[0]['curve']['reward'])
-            seconds = mean([sum(row['curve']['seconds']) for row in some])
-        print_row([label, ' '.join(str(row['base']) for row in some),
-                   *[f'{100 * accuracy:.1f}' for accuracy in accuracies],
-                   spread([mean_score(row, stage) for row in some]), f'{found} of {len(gains)}',
-                   iterations, f'{seconds:.0f}'])
+def skill_table(rows, passk):
+    print('\nCountdown made to think: accuracy in % after so many iterations\n')
+    print_head(['estimator', 0, 50, 100, 150, 200, 'seconds'])
+    for name in SKILL:
+        some = [row for row in rows if row['kind'] == f'skill-{name}']
+        if some:
+            stages = ['base', 'grpo-50', 'grpo-100', 'grpo-150', 'grpo']
+            cells = [spread(scores(some, f'skill-{name}', stage, 'countdown', 48))
+                     for stage in stages]
+            print_row([name, *cells, round(mean([row['seconds'] for row in some]))])
+    for row in passk:
+        for order in ('any order', 'left to right'):
+            one, many = (100 * row[order][key] for key in ('pass1', 'passk'))
+            print(f"base {row['base']}, {row['task']}, {order}: pass@1 {one:.1f}, "
+                  f"pass@{row['k']} {many:.1f}")
 
 
 def truth_table(rows):
@@ -409,7 +463,10 @@ def truth_table(rows):
         if not some:
             continue
         groups, bases = sum(row['groups'] for row in some), {row['base'] for row in some}
-        print(f'\n{stage}: {groups} groups of 8, bases {sorted(bases)}\n')
+        exact, positions, share = (mean([row[key] for row in some])
+                                   for key in ('exact_logp', 'positions', 'first_share'))
+        print(f'\n{stage}: {groups} groups of 8, bases {sorted(bases)}; exact log p {exact:.2f}, '
+              f'of it the positions {positions:.2f}; the first step has {share:.2f} of the norm\n')
         print_head(['estimator', *columns])
         for name in some[0]['estimators']:
             means = [mean([row['estimators'][name][key] for row in some]) for key in columns]
@@ -419,7 +476,7 @@ def truth_table(rows):
 # ---- figures, readable on light and dark pages ----
 
 GREY = '#808080'
-COLOURS = ['#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#a855f7']
+COLOURS = ['#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#a855f7', '#14b8a6']
 NAMES = dict(gsm8k='word problems', math='equations', countdown='Countdown', sudoku='Sudoku',
              code='code')
 
@@ -447,11 +504,6 @@ def mean_and_range(values):
     """mean, [how far the lowest is below it, how far the highest above]"""
     middle = mean(values)
     return middle, [middle - min(values), max(values) - middle]
-
-
-def mean_curve(curves):
-    """The mean over runs at each iteration, as far as all have come."""
-    return [mean(values) for values in zip(*curves)]
 
 
 def smoothed(curve, width):
@@ -482,36 +534,38 @@ def learning_figure(rows, folder):
     axes[0].set(xlabel='iteration of diffu-GRPO', ylabel='reward / highest possible', ylim=(0, 1))
     axes[1].set(xlabel='iteration of diffu-GRPO', ylabel='tokens per completion')
     axes[0].legend(fontsize=7, ncols=2)
-    figure.suptitle(f'diffu-GRPO alone on the nano model: mean and range over {len(bases)} bases',
+    figure.suptitle('diffu-GRPO alone on the nano model, bases ' + ', '.join(map(str, bases)),
                     fontsize=9)
     save(figure, folder, 'learning')
 
 
+PAPER = dict(countdown=[('LLaDA-8B', 20.7), ('d1, 8B', 42.2), ('best published, 8B', 82.0)],
+             sudoku=[('LLaDA-8B', 11.7), ('d1, 8B', 22.1), ('best published, 8B', 94.3)])
+
+
 def results_figure(rows, folder):
-    figure, [ours, paper] = new_figure(2)
-    stages = [('base', 'base', 'base'), ('base', 'sft', '+ SFT'),
-              ('grpo', 'grpo', '+ diffu-GRPO'), ('d1', 'grpo', 'd1')]
-    for i, (kind, stage, label) in enumerate(stages):
-        for j, task in enumerate(TASKS):
-            found = [100 * score for score in scores(rows, kind, stage, task, 32)]
+    """d1's two games: a rule, the paper, the best published, and the stages of the nano model."""
+    figure, axes = new_figure(2, 2.8)
+    stages = ['base, asked by people', '+ SFT', '+ diffu-GRPO', 'd1']
+    for axis, (task, paper), key in zip(axes, PAPER.items(), ('accuracy', 'share')):
+        rule = scores(rows, *TABLE_1['a rule, no model'], task, 48, key)
+        bars = [('a rule, no model', 100 * rule[0])] if rule else []
+        for i, (label, value) in enumerate(bars + paper):
+            axis.barh(i, value, color=GREY, alpha=0.5)
+        labels = [label for label, _ in bars + paper]
+        for stage in stages:
+            found = [100 * score for score in scores(rows, *TABLE_1[stage], task, 48, key)]
             if found:
-                height, (below, above) = mean_and_range(found)
-                ours.bar(j + 0.2 * i, height, 0.2, color=COLOURS[i], yerr=[[below], [above]],
-                         ecolor=GREY, label=label if j == 0 else None)
-    table = [[76.7, 32.4, 19.5, 6.7], [78.8, 32.6, 14.5, 8.5], [79.8, 37.2, 31.3, 12.9],
-             [81.1, 38.6, 32.0, 16.7]]           # the paper's Table 1, 256 tokens
-    for i, line in enumerate(table):
-        for j, value in enumerate(line):
-            paper.bar(j + 0.2 * i, value, 0.2, color=COLOURS[i])
-    ours.set_xticks([j + 0.3 for j in range(5)],
-                    [NAMES[task].replace(' ', '\n') for task in TASKS], fontsize=7)
-    paper.set_xticks([j + 0.3 for j in range(4)], ['GSM8K', 'MATH500', 'Countdown', 'Sudoku cells'],
-                     fontsize=7)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
-    ours.set(ylabel='accuracy, %', ylim=(0, 130), yticks=range(0, 101, 20),
-             title=f'nano model, {len(bases)} bases, n = 512 each')
-    paper.set(ylim=(0, 100), title="LLaDA-8B, the paper's Table 1 (256 tokens)")
-    ours.legend(fontsize=7, ncols=2)
+                middle, (below, above) = mean_and_range(found)
+                axis.barh(len(labels), middle, color=COLOURS[0], ecolor=GREY,
+                          xerr=[[below], [above]])
+                labels.append(f'nano {stage}')
+        axis.set_yticks(range(len(labels)), labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 100), xlabel="Countdown, % right" if key == 'accuracy'
+                 else 'Sudoku, % of cells right')
+    figure.suptitle("d1's own test files: a specialist of a million weights (blue) beside a "
+                    'generalist of 8 billion', fontsize=8)
     save(figure, folder, 'results')
 
 
@@ -519,9 +573,8 @@ def truth_figure(rows, folder):
     figure, axes = new_figure(3, 3.2)
     families = {'one step': ['one_step, p_mask 0'],
                 'one step, prompt masked (d1)': ['one_step, p_mask 0.15'],
-                'coupled': ['coupled, p_mask 0'],
-                'StepMerge': [f'stepmerge {n}' for n in (2, 4, 8, 16)],
-                'ELBO (another quantity)': [f'elbo {n}' for n in (1, 2, 4, 16)]}
+                'coupled': ['coupled'], 'StepMerge': [f'stepmerge {n}' for n in (2, 4, 8, 24)],
+                'ELBO (another quantity)': [f'elbo {n}' for n in (2, 4)]}
     for i, ((label, names), colour) in enumerate(zip(families.items(), COLOURS)):
         for axis, key in zip(axes, ('bias', 'rank', 'cosine')):
             means, ranges, forwards = [], [], []
@@ -539,7 +592,7 @@ def truth_figure(rows, folder):
     for axis in axes:
         axis.set(xscale='log', xlabel='forward passes')
         axis.minorticks_off()
-        axis.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+        axis.set_xticks([1, 2, 4, 8, 24], [1, 2, 4, 8, 24])
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc='lower center')
     bases, tasks = ({row[key] for row in rows} for key in ('base', 'task'))
     figure.suptitle(f'{sum(row["completions"] for row in rows)} rollouts in groups of 8; base, SFT '
@@ -549,113 +602,30 @@ def truth_figure(rows, folder):
     save(figure, folder, 'truth', rect=(0, 0.07, 1, 1))
 
 
-def ablation_figure(rows, folder):
-    """Reward during training; every cell has the same number of forward passes."""
-    figure, axes = new_figure(3, 2.9)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'mu12-random'})
-    rows = [row for row in rows if row['base'] in bases]
-
-    def curves(name, key='reward'):
-        name = 'default' if name in ('pmask0.15', 'mu4-random') else name
-        return [row['curve'][key] for row in rows if row['kind'] == name]
-    mus = [('mu2-random', 2), ('mu2-fixed', 2), ('mu4-random', 4), ('mu12-random', 12),
-           ('mu12-fixed', 12), ('mu24-random', 24), ('mu24-fixed', 24)]
-    colours = dict(zip((2, 4, 12, 24), COLOURS))
-    for name, mu in mus:
-        if not curves(name):
-            continue
-        reward = smoothed(mean_curve(curves(name)), 5)
-        updates = [mu * (k + 1) for k in range(len(reward))]
-        seconds = list(itertools.accumulate(mean_curve(curves(name, 'seconds'))))
-        for axis, x in ((axes[0], updates), (axes[1], seconds)):
-            axis.plot(x, reward, color=colours[mu], linestyle='--' if 'fixed' in name else '-',
-                      label=name.replace('mu', 'mu ').replace('-', ', '))
-    masks = ['pmask0', 'pmask0.15', 'pmask0.3', 'pmask0.5', 'pmask0.7']
-    for name, colour in zip(masks, COLOURS):
-        if curves(name):
-            reward = smoothed(mean_curve(curves(name)), 5)
-            axes[2].plot(range(1, len(reward) + 1), reward, color=colour,
-                         label=name.replace('pmask', 'p_mask '))
-    axes[0].set(xlabel='updates', ylabel='mean reward', title='random and fixed prompt masks')
-    axes[1].set(xlabel='seconds', title='the same')
-    axes[2].set(xlabel='iteration', title='masked share of the prompt')
-    for axis, place, columns in ((axes[0], 0.31, 4), (axes[2], 0.81, 3)):
-        figure.legend(*axis.get_legend_handles_labels(), fontsize=7, loc='lower center',
-                      bbox_to_anchor=(place, 0), ncols=columns, columnspacing=1, handlelength=1.5)
-    for axis in axes:
-        axis.title.set_fontsize(8)
-    figure.suptitle('One model for all five tasks, mean over bases ' + ', '.join(map(str, bases))
-                    + ', at equal forward passes', fontsize=8)
-    save(figure, folder, 'ablations', rect=(0, 0.12, 1, 1))
-
-
-def methods_figure(rows, truth_rows, folder):
-    """What training ends at, beside the part of the exact gradient that each estimator sees."""
-    figure, [ends, cosines] = new_figure(2, 2.8)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'espo'})
-    rows = [row for row in rows if row['base'] in bases]
-    starts = (('base', 'from the base', COLOURS[0], -0.15), ('sft', 'from SFT', COLOURS[1], 0.15))
-    methods = dict(default='d1', stable='StableDRL', wd1='wd1', stepmerge4='StepMerge, 4 views',
-                   elbo2='ELBO, 2 views', coupled='coupled views', espo='ESPO, coupled')
-    for stage, label, colour, shift in starts:
-        start = mean([100 * mean_score(row, stage) for row in rows if row['kind'] == 'base'])
-        ends.axvline(start, color=colour, linestyle=':', linewidth=1)
-        for j, name in enumerate(methods):
-            if stage == 'sft':
-                name = 'all' if name == 'default' else f'sft-{name}'
-            found = [100 * mean_score(row, 'grpo') for row in rows if row['kind'] == name]
-            if found:
-                ends.plot(found, [j + shift] * len(found), 'o', color=colour, markersize=3,
-                          label=label if j == 0 else None)
-                ends.plot(mean(found), j + shift, '|', color=colour, markersize=12)
-    ends.set_yticks(range(len(methods)), methods.values(), fontsize=7)
-    ends.invert_yaxis()
-    ends.set(xlabel='accuracy, % (mean of 5 tasks)')
-    ends.set_title(f'a dot per base ({", ".join(map(str, bases))}); dotted: the start', fontsize=8)
-    names = {'one_step, p_mask 0.15': 'one step (d1)', 'stepmerge 4, p_mask 0.15': 'StepMerge, 4',
-             'elbo 2, p_mask 0.15': 'ELBO, 2', 'coupled': 'coupled'}
-    seen = (('base', 'first_cosine', 'first step, base models', COLOURS[0]),
-            ('sft', 'other_cosine', 'later steps, SFT models', COLOURS[1]))
-    for i, (stage, key, label, colour) in enumerate(seen):
-        lines = [row for row in truth_rows if row['stage'] == stage]
+def methods_figure(rows, folder):
+    """Countdown after each change, from the base and from SFT, a dot per base; made to think."""
+    figure, [ends, skill] = new_figure(2, 3.4)
+    names = ['default', *METHODS]
+    for start, default, colour, shift in (('base', 'grpo', COLOURS[0], -0.15),
+                                          ('sft', 'd1', COLOURS[1], 0.15)):
         for j, name in enumerate(names):
-            width, (below, above) = mean_and_range([row['estimators'][name][key] for row in lines])
-            cosines.barh(j + 0.36 * i - 0.18, width, 0.36, color=colour, ecolor=GREY,
-                         xerr=[[below], [above]], label=label if j == 0 else None)
-    cosines.set_yticks(range(len(names)), names.values(), fontsize=7)
-    cosines.invert_yaxis()
-    cosines.axvline(0, color=GREY, linewidth=0.8)
-    cosines.set(xlabel='cosine with that part of the exact gradient')
-    cosines.set_title('prompt masks as in training', fontsize=8)
-    for axis, place in ((ends, 0.3), (cosines, 0.78)):
-        figure.legend(*axis.get_legend_handles_labels(), fontsize=7, loc='lower center',
-                      bbox_to_anchor=(place, 0), ncols=2)
-    save(figure, folder, 'methods', rect=(0, 0.07, 1, 1))
-
-
-def length_figure(rows, folder):
-    """Accuracy and effective tokens over completion lengths, before and after one 'default'."""
-    figure, axes = new_figure(2)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'long-default'})
-    rows = [row for row in rows if row['base'] in bases]
-    lengths = (32, 64, 96, 128)
-    before = (('base', 'base'), ('long-base', 'base'))           # (kind, stage)
-    after = (('default', 'grpo'), ('long-default', 'base'))
-    for axis, key, scale in zip(axes, ('accuracy', 'effective_tokens'), (100, 1)):
-        for task, colour in zip(TASKS, COLOURS):
-            for cells, style, label in ((before, ':', None), (after, '-', NAMES[task])):
-                found = {length: scale * mean(values) for kind, stage in cells for length in lengths
-                         if (values := scores(rows, kind, stage, task, length, key))}
-                axis.plot(list(found), found.values(), style, marker='o', markersize=3,
-                          color=colour, label=label)
-        axis.set_xticks(lengths)
-        axis.set(xlabel='completion length, tokens (training: 32)')
-    axes[0].set(ylabel='accuracy, %', ylim=(0, 102))
-    axes[1].set(ylabel='effective tokens', ylim=(0, None))
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc='lower center')
-    figure.suptitle('One model for all five tasks, before (dotted) and after diffu-GRPO; mean over '
-                    f'bases {", ".join(map(str, bases))}', fontsize=8)
-    save(figure, folder, 'lengths', rect=(0, 0.07, 1, 1))
+            kind = default if name == 'default' else f'{start}-{name}'
+            found = [100 * value for value in scores(rows, kind, 'grpo', 'countdown', 48)]
+            ends.plot(found, [j + shift] * len(found), 'o', color=colour, markersize=3,
+                      label=f'from {start}' if j == 0 else None)
+    ends.set_yticks(range(len(names)), names, fontsize=7)
+    ends.invert_yaxis()
+    ends.legend(fontsize=7)
+    ends.set(xlabel="d1's Countdown after 40 iterations, %")
+    for name, colour in zip(SKILL, COLOURS):
+        stages = ['base', 'grpo-50', 'grpo-100', 'grpo-150', 'grpo']
+        found = [scores(rows, f'skill-{name}', stage, 'countdown', 48) for stage in stages]
+        if all(found):
+            skill.plot([0, 50, 100, 150, 200], [100 * mean(values) for values in found],
+                       color=colour, marker='o', markersize=3, label=name)
+    skill.set(xlabel='iteration, every completion thinks', ylabel='%')
+    skill.legend(fontsize=7)
+    save(figure, folder, 'methods')
 
 
 def jobs(args):
@@ -667,19 +637,25 @@ def jobs(args):
             for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
                 if (base, task, stage) not in done:
                     yield truth, (base, task, stage, num_groups, draws)
-            continue
-        for tasks in KINDS[kind][0]:
-            wanted = tasks == ALL or tasks in args.tasks
-            if wanted and (base, kind, tasks) not in done_cells(args):
-                yield run_cell, (base, kind, tasks)
+        elif kind == 'passk':
+            done = [(row['base'], row['task']) for row in rows_of(args.passk)]
+            for task in GAMES:
+                if task in args.tasks and (base, task) not in done:
+                    yield samples, (base, task, 8 if args.quick else 256)
+        else:
+            for tasks in KINDS[kind][0]:
+                wanted = tasks == ALL or tasks in args.tasks
+                if wanted and (base, kind, tasks) not in done_cells(args):
+                    yield run_cell, (base, kind, tasks)
 
 
 def tables_and_figures(args):
     rows, truth_rows = rows_of(args.results), rows_of(args.truth)
-    for length in (32,) if args.quick else (32, 64):
-        main_table(rows, length)
-    change_table(rows, 'base')
-    change_table(rows, 'sft')
+    for task in TASKS:
+        table_1(rows, task)
+    table_1(rows, 'sudoku', 'share')
+    methods_table(rows)
+    skill_table(rows, rows_of(args.passk))
     truth_table(truth_rows)
     try:
         import matplotlib                        # noqa: F401
@@ -687,26 +663,25 @@ def tables_and_figures(args):
         print('no figures: pip install matplotlib')
         return
     folder = args.out if args.quick else ASSETS
-    kinds = {row['kind'] for row in rows}
     learning_figure(rows, folder)
     results_figure(rows, folder)
-    if 'mu12-random' in kinds:
-        ablation_figure(rows, folder)
-    if 'long-default' in kinds:
-        length_figure(rows, folder)
+    if any(row['kind'].startswith('skill') for row in rows):
+        methods_figure(rows, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)
-        methods_figure(rows, truth_rows, folder)
 
 
 def main(argv=None):
+    kinds = [*KINDS, 'passk', 'truth']
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
     p.add_argument('--tasks', nargs='*', default=TASKS, choices=TASKS)
-    p.add_argument('--kinds', nargs='*', default=[*KINDS, 'truth'], choices=[*KINDS, 'truth'])
+    p.add_argument('--kinds', nargs='*', default=kinds, choices=kinds)
+    p.add_argument('--d1', type=Path, help="the folder of d1's own test files")
     p.add_argument('--out', type=Path, default=Path('out'), help='where the runs are kept')
     p.add_argument('--results', type=Path, default=ASSETS / 'results', help='where the lines are')
+    p.add_argument('--n', type=int, default=512, help='test problems of each task')
     p.add_argument('--flags', default='', help='more flags for every run')
     p.add_argument('--quick', action='store_true', help='few iterations, problems and groups')
     p.add_argument('--tables', action='store_true', help='only print what is there')
@@ -714,9 +689,11 @@ def main(argv=None):
     if args.quick:
         args.bases = [0]
         args.out = args.results = args.out / 'quick'
-        args.flags = f'--eval_n 64 --eval_lengths 32 --grpo_steps 5 --eval_every 0 {args.flags}'
+        args.flags = ('--eval_n 64 --eval_lengths 48 --grpo_steps 4 --sft_steps 4 --eval_every 0 '
+                      f'{args.flags}')
     args.results.mkdir(parents=True, exist_ok=True)
     args.truth = args.results / 'truth.jsonl'
+    args.passk = args.results / 'passk.jsonl'
     args.results = args.results / 'nano.jsonl'
     if not args.tables:
         for job, arguments in jobs(args):
