@@ -12,7 +12,7 @@ microscope_template.html.
 What stands after # in its address sets the controls. assets/microscope.png is made like this:
     chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1080,890 \\
         --blink-settings=preferredColorScheme=1 --screenshot=assets/microscope.png \\
-        "file://$PWD/assets/microscope.html#step=12&update=4&completion=3&token=11"
+        "file://$PWD/assets/microscope.html#group=2&step=16&update=4&completion=2&token=8"
     pngquant --force --ext .png assets/microscope.png
 """
 import argparse
