@@ -50,7 +50,7 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     prompt_ids (B, P), completion_ids (B, L) int64; prompt_mask (B, P) bool, True = masked;
     completion_mask (B, L) bool: the tokens that count, the others get 0; None = all count.
     New, old and reference log-probs are comparable only under the same prompt_mask and views.
-    views: those of another estimator; None = d1's one.
+    views: those of another estimator, or Exact; None = d1's one.
     """
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
@@ -179,7 +179,6 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
         share = others.sum(1, keepdim=True) / committed.sum(1, keepdim=True).clamp(min=1)
         total = total + (own + share).masked_fill(~committed, 0)
-    after_end = total.masked_fill(completion_mask, 0).sum(dim=1, keepdim=True)
-    end = completion_mask & ~completion_mask.roll(-1, dims=1)                # (B, L): the last one
-    end[:, -1] = completion_mask[:, -1]
-    return total * completion_mask + after_end * end
+    after_end = total.masked_fill(completion_mask, 0).sum(dim=1, keepdim=True)       # (B, 1)
+    last = completion_mask.sum(dim=1, keepdim=True) - 1                      # (B, 1): the end
+    return total.masked_fill(~completion_mask, 0).scatter_add(1, last, after_end)

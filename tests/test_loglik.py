@@ -271,6 +271,17 @@ def test_a_jump_is_where_a_token_elsewhere_becomes_surer_than_what_was_committed
     torch.testing.assert_close(model.logits.grad, expected)
 
 
+@pytest.mark.parametrize('length', [1, 2])
+def test_an_impossible_rollout_has_probability_0(length):
+    """The first token, or what was drawn after it if it is the end (length 1), has p = 0."""
+    rows = [[0, 0, 1.0, 0], [0, 0, 0.5, 0.5]]
+    model = Table(rows if length == 2 else rows[::-1])
+    mask = torch.arange(2)[None] < length
+    logps = exact_logps(model, PROMPT[None], torch.tensor([[3, 3]]), mask, torch.tensor([[0, 1]]),
+                        2, 1.0)
+    assert logps.sum() == -torch.inf
+
+
 def test_ties_of_a_sure_model_are_finite():
     model = Table([[0, 0, 1.0, 0], [0, 0, 1.0, 0]])
     ids, commit_steps = torch.tensor([[2, 2]]), torch.tensor([[1, 0]])
