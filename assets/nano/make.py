@@ -59,8 +59,8 @@ TURNS = 'countdown sudoku gsm8k countdown sudoku math code'.split()  # of the ot
 THINKING_SHARE = dict(Ann=0.05, Ben=0.12, Carl=0.2, Dan=0.3, Eve=0.5, Finn=0.8)     # of who asks
 ASKERS = list(THINKING_SHARE)
 
-# Pretraining, in cycles in each of which the rates rise and fall. Of its updates the last ones
-# have texts by people, too: all but worked_share, which are as in a textbook.
+# Pretraining, in cycles in each of which the rates rise and fall. From the share people_from of
+# a cycle's updates on only worked_share of the texts are as in a textbook; people write the rest.
 CYCLES = [dict(updates=7500, texts=32, people_from=0.7, worked_share=0.5),
           dict(updates=2400, texts=64, people_from=0.0, worked_share=0.75)]
 MUON_RATE = 0.01           # of the blocks' matrices; about half of the updates that AdamW needs
@@ -601,14 +601,15 @@ def pretrain(seed, updates, folder):
     progress = tqdm(range(start, total), 'pretraining', initial=start, total=total)
     for step in progress:
         number, done = cycle_of(step, updates)
-        cycle, share_done = CYCLES[number], done / updates[number]
+        cycle, length = CYCLES[number], updates[number]
         if done == 0:
             optimizers = make_optimizers(model)
-        warm_up = min(1, 20 * (share_done + 1 / updates[number]))            # over the first 5 %
+        warm_up = min(1, 20 * (done + 1) / length)               # over the first 5 % of a cycle
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = optimizer.defaults['lr'] * warm_up * (1 - share_done)
-        worked_share = cycle['worked_share'] if share_done >= cycle['people_from'] else 1.0
+                group['lr'] = optimizer.defaults['lr'] * warm_up * (1 - done / length)
+        people_write = done >= cycle['people_from'] * length
+        worked_share = cycle['worked_share'] if people_write else 1.0
         batch = make_batch(tokenizer, seed, step, cycle['texts'], worked_share)
         loss = update(model, optimizers, batch)
         progress.set_postfix(loss=f'{loss:.4f}')
