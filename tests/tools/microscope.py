@@ -115,7 +115,7 @@ def make_updates(args, model, group, step, num_prefill):
         stream = torch_stream(args.device, args.seed, 'mask', step, *key)
         prompt_mask = random_prompt_mask(group.prompt_ids, args.p_mask_prompt, stream, num_prefill)
         views = draw_views(args.estimator, args.num_views, group.completion_ids,
-                           group.commit_steps, stream)
+                           group.commit_steps, stream, args.block_length, args.temperature)
         old_logps, ref_logps = old_and_ref_logps(policy, reference, group, prompt_mask, views,
                                                  args.loss, args.beta)
         prepared.append((prompt_mask, views, old_logps, ref_logps))
