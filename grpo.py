@@ -16,7 +16,10 @@ from sample import generate, left_pad, torch_stream
 
 
 def group_advantages(rewards, num_generations, divide_by_std=False):
-    """rewards (N*G,) -> (N*G,): each minus its group's mean (d1, eq. 2); GRPO has the std, too."""
+    """rewards (N*G,) -> (N*G,): each minus its group's mean (d1, eq. 2).
+
+    GRPO divides by the group's standard deviation (of G - 1) + 1e-4, too.
+    """
     groups = rewards.view(-1, num_generations)                   # (N, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if divide_by_std:
@@ -182,11 +185,11 @@ def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilo
     """
     tensors = logps, old_logps, ref_logps
     _, stats = grpo_loss(*tensors, advantages, completion_mask, epsilon, beta)
-    # without advantages the KL term is all of the loss
+    # with advantages of 0 nothing but the KL term is left of the loss
     kl_term, _ = grpo_loss(*tensors, 0 * advantages, completion_mask, epsilon, beta)
     ratio = (logps - old_logps).clamp(max=80).exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * completion_mask        # (B, L)
-    objective = (clipped * advantages.unsqueeze(1)).sum() / clipped.sum()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * completion_mask        # (B, L): weights
+    objective = (clipped * advantages.unsqueeze(1)).sum() / clipped.sum()    # their mean of A
     return kl_term - objective, stats
 
 

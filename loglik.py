@@ -172,13 +172,16 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
         logp_T = (logits / temperature).log_softmax(-1)                      # p^T
         tokens = completion_ids.unsqueeze(-1)                                # (B, L, 1)
         own = logp_T.gather(-1, tokens)[..., 0]                              # (B, L)
+        # the second product: what the masks that were passed over may have drawn
         confidence = logp.gather(-1, tokens)[..., 0].masked_fill(~committed, torch.inf)
         c = confidence.amin(dim=1)[:, None, None].exp()                      # (B, 1, 1)
         less_sure = logp.exp() < c + TIE         # (B, L, V); what is as sure as c may lose the tie
-        less_sure |= ~passed_over.unsqueeze(-1)                  # elsewhere the sum is 1
+        less_sure |= ~passed_over.unsqueeze(-1)  # at other places all v count: their log sum is 0
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
-        share = others.sum(1, keepdim=True) / committed.sum(1, keepdim=True).clamp(min=1)
+        product = others.sum(dim=1, keepdim=True)                            # (B, 1), a log
+        share = product / committed.sum(dim=1, keepdim=True).clamp(min=1)    # of each token
         total = total + (own + share).masked_fill(~committed, 0)
+    # what was drawn after the end goes to the end, the last token of completion_mask
     after_end = total.masked_fill(completion_mask, 0).sum(dim=1, keepdim=True)       # (B, 1)
-    last = completion_mask.sum(dim=1, keepdim=True) - 1                      # (B, 1): the end
+    last = completion_mask.sum(dim=1, keepdim=True) - 1                      # (B, 1): its place
     return total.masked_fill(~completion_mask, 0).scatter_add(1, last, after_end)

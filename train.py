@@ -8,7 +8,7 @@
 
 A run leaves out/NAME/{config.json, log.jsonl, samples.jsonl, results.json, model/} and more.
 Departures from the paper (P) and the official code (C), on purpose:
- 1. Every group has a prompt mask of its own for each of the mu updates. C's mask index counts
+ 1. Every completion has a prompt mask of its own for each of the mu updates. C's mask index counts
     micro-batches: with two of them per update each sees every second mask, twice.
  2. Random numbers come from generators keyed by seed, step, prompt and row. C's masking seeds the
     global generator with one of 4096 numbers: its rollouts have no more different noises.
@@ -70,10 +70,10 @@ FLAGS = {
         ('instructions', '', '', 'a file with other instructions than rewards.py has'),
         ('prefill', '', '', "what every completion begins with, such as '<reasoning>'")],
     'diffu-GRPO': [
-        ('grpo_steps', 40, 640, 'outer iterations of num_prompts new prompts and mu updates'),
-        ('num_prompts', 8, 16, 'prompts per outer iteration; their groups share each update'),
+        ('grpo_steps', 40, 640, 'iterations, each of num_prompts new prompts and mu updates'),
+        ('num_prompts', 8, 16, 'prompts per iteration; their groups share each update'),
         ('num_generations', 8, 6, 'completions per prompt (G)'),
-        ('num_iterations', 4, 12, 'updates per outer iteration (mu)'),
+        ('num_iterations', 4, 12, 'updates per iteration, on the same rollouts (mu)'),
         ('p_mask_prompt', 0.15, 0.15, 'probability to mask a prompt token (p_mask)'),
         ('fixed_mask', False, False, 'the same prompt mask and views in all mu updates'),
         ('epsilon', 0.5, 0.5, 'clip range of the ratio (epsilon)'),
@@ -111,8 +111,8 @@ FLAGS = {
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '48,96', '128,256,512',
          'completion lengths; half as many steps, but at least one per block'),
-        ('eval_every', 0, 0, 'outer iterations between evaluations and saved adapters (0 = off)'),
-        ('save_every', 10, 1, 'updates (SFT) or outer iterations between checkpoints')],
+        ('eval_every', 0, 0, 'iterations between evaluations and saved adapters (0 = off)'),
+        ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
 }
 # The smallest number of these is 1, of all others 0.
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
@@ -249,7 +249,11 @@ def sampling_knobs(args, gen_length, steps, temperature=0.0):
 
 
 def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
-    """A line per iteration, on the screen and in log.jsonl; a completion in samples.jsonl."""
+    """A line per iteration, on the screen and in log.jsonl; a completion in samples.jsonl.
+
+    Means: flat_groups, the share of groups of equal rewards; ratio, of tokens; clip_high and
+    clip_low, the shares of tokens whose gradient the clip cut; length, in effective tokens.
+    """
     rows = []
     for group in groups:
         rows.append(dict(reward=group.rewards.mean().item(),

@@ -48,6 +48,7 @@ def panel(pieces, commit_steps, total, y):
     """SVG elements of a completion whose first line is at y, and the y of its last line.
 
     Each token is a box until its step, and text from then on; total: seconds until all repeats.
+    Where nothing moves, all is text.
     """
     elements, x = [], MARGIN
     for piece, step in zip(pieces, commit_steps):
@@ -61,8 +62,8 @@ def panel(pieces, commit_steps, total, y):
             if part:
                 width = WIDTH * len(part)
                 elements.append(f'<rect x="{x:.1f}" y="{y - 12}" width="{width - 1:.1f}" '
-                                f'height="15" rx="3">{vanish}</rect>')
-                elements.append(f'<text x="{x:.1f}" y="{y}" opacity="0">{html.escape(part)}'
+                                f'height="15" rx="3" opacity="0">{vanish}</rect>')
+                elements.append(f'<text x="{x:.1f}" y="{y}">{html.escape(part)}'
                                 f'{appear}</text>')
                 x += width
     return elements, y

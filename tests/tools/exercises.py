@@ -389,3 +389,4 @@ if __name__ == '__main__':
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     write(sys.argv[1])
+    print(f'Written. Next: {sys.argv[1]}/EXERCISES.md, whose first lines are for the teacher')

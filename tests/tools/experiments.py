@@ -595,9 +595,10 @@ def truth_figure(rows, folder):
         axis.set_xticks([1, 2, 4, 8, 24], [1, 2, 4, 8, 24])
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=5, loc='lower center')
     bases, tasks = ({row[key] for row in rows} for key in ('base', 'task'))
+    names = ', '.join(NAMES[task] for task in sorted(tasks))
     figure.suptitle(f'{sum(row["completions"] for row in rows)} rollouts in groups of 8; base, SFT '
-                    f'and d1 models of bases {", ".join(map(str, sorted(bases)))}; {len(tasks)} '
-                    'tasks: mean and range over models', fontsize=8)
+                    f'and d1 models of bases {", ".join(map(str, sorted(bases)))}; {names}: '
+                    'mean and range over models', fontsize=8)
     figure.subplots_adjust(bottom=0.28)
     save(figure, folder, 'truth', rect=(0, 0.07, 1, 1))
 
