@@ -70,7 +70,7 @@ FLAGS = {
         ('instructions', '', '', 'a file with other instructions than rewards.py has'),
         ('prefill', '', '', "what every completion begins with, such as '<reasoning>'")],
     'diffu-GRPO': [
-        ('grpo_steps', 40, 640, 'iterations, each of num_prompts new prompts and mu updates'),
+        ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano, gsm8k: 20'),
         ('num_prompts', 8, 16, 'prompts per iteration; their groups share each update'),
         ('num_generations', 8, 6, 'completions per prompt (G)'),
         ('num_iterations', 4, 12, 'updates per iteration, on the same rollouts (mu)'),
