@@ -70,7 +70,7 @@ FLAGS = {
         ('instructions', '', '', 'a file with other instructions than rewards.py has'),
         ('prefill', '', '', "what every completion begins with, such as '<reasoning>'")],
     'diffu-GRPO': [
-        ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano, gsm8k: 20'),
+        ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano gsm8k: 20'),
         ('num_prompts', 8, 16, 'prompts per iteration; their groups share each update'),
         ('num_generations', 8, 6, 'completions per prompt (G)'),
         ('num_iterations', 4, 12, 'updates per iteration, on the same rollouts (mu)'),
@@ -129,7 +129,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
     """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1.
 
     They are out of order: old log-probs exist only before the first of the mu updates, so all
-    prompt masks are drawn before it. A step here is an outer iteration, of mu updates.
+    prompt masks are drawn before it. A step here is an iteration, of mu updates.
     """
     reference = reference_policy(args, model)                                                  # 1
     optimizer = adamw(model, args.learning_rate)
