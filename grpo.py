@@ -42,6 +42,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     logps, old_logps, ref_logps (B, L) under the same prompt mask (ref_logps may be None if beta
     is 0), advantages (B,), completion_mask (B, L). norm: 'token' = one mean over all tokens, as
     the official code does; 'sequence' = the mean of each sequence's mean, as in the equation.
+    Statistics, means of the same kind: ratio; clip_high, clip_low: 1 where the clip cuts the
+    gradient; if beta is not 0, kl.
     """
     outside = ~completion_mask
     A = advantages.unsqueeze(1)                                  # (B, 1)

@@ -50,7 +50,7 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     prompt_ids (B, P), completion_ids (B, L) int64; prompt_mask (B, P) bool, True = masked;
     completion_mask (B, L) bool: the tokens that count, the others get 0; None = all count.
     New, old and reference log-probs are comparable only under the same prompt_mask and views.
-    views: those of another estimator, or Exact; None = d1's one.
+    views: those of another estimator; None = d1's one; Exact: exact_logps, of the masked prompt.
     """
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
@@ -73,8 +73,9 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
 def stepmerge_views(commit_steps, num_views):
     """StepMerge (d2, arXiv 2509.21474): commit_steps (B, L), the step that committed each token.
 
-    The steps are cut into num_views equal parts. A token is scored in the sight of what earlier
-    parts had committed. One part is d1's estimate; as many as steps follow the whole rollout.
+    Of the batch's T steps, step s belongs to part s * num_views // T. A token is scored in the
+    sight of what earlier parts had committed. One part is d1's estimate; T parts follow the whole
+    rollout.
     """
     steps = int(commit_steps.max()) + 1
     part = commit_steps * num_views // steps                  # (B, L): 0 .. num_views - 1
@@ -150,9 +151,10 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
     positions and c the lowest p_i(x_i) among them,
         P(step) = prod_{i in S} p_i^T(x_i) * prod_{j not in S} sum_{v: p_j(v) < c} p_j^T(v):
     no other mask j drew what would have been committed instead. A token has its own factor and an
-    equal share of its step's second product. What was drawn after an end, in its block, is the
-    end's. commit_steps (B, L), block_length, temperature (over 0): the sampler's. One forward per
-    step. The set of v jumps where p_j(v) passes c: the gradient is that between jumps.
+    equal share of its step's second product. The mask is never drawn: its p is 0. What was drawn
+    after an end, in its block, is the end's. commit_steps (B, L), block_length, temperature (over
+    0): the sampler's. One forward per step. The set of v jumps where p_j(v) passes c: the gradient
+    is that between jumps.
     """
     B, L = completion_ids.shape
     mask_id = model.config.mask_id

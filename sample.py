@@ -54,7 +54,8 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
     """prompt_ids (B, P) int64 -> completion_ids (B, L = gen_length), commit_steps (B, L).
 
     commit_steps: the number of the step, from 0, that committed each token. After the block of its
-    first end a completion holds eos only, with the number of its last step.
+    first end a completion holds eos only, with the number of its last step. The mask itself is
+    never drawn.
     steps: over the whole completion; ValueError if block_length and steps do not fit gen_length.
     attention_mask (B, P): True or 1 = real token, for prompts padded on the left. generators: see
     choose. cfg_scale: guidance (LLaDA, appendix), not with cache or threshold: see generate_fast.

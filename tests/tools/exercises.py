@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 HERE = Path(__file__).resolve()
@@ -32,7 +33,9 @@ EXERCISES = [
      'estimate of the KL.', 'Start with mu = 1, where the ratio is 1. min is the pessimist.'),
     ('sample.py', 'generate', 60, 'LLaDA\'s sampler: blocks from left to right, and in a block '
      'the predictions first of which the model is surest.', 'choose, commit_counts, pad_mask, '
-     'guide and has_end are given. Begin with one row, without an end, padding or guidance.'),
+     'guide and has_end are given; with cache or threshold '
+     'it calls generate_fast, which is empty here and no exercise, for it would tell too much. '
+     'Begin with one row, without an end, padding or guidance.'),
     ('loglik.py', 'stepmerge_views', 20, 'The mean field scores a token without its neighbours; '
      'the sampler saw those that it had committed. So let the estimate see them, too. Then try '
      '`--estimator stepmerge`.', 'Which part does step s belong to? In the first one nothing is '
@@ -43,7 +46,8 @@ EXERCISES = [
      'draws, so that even what it threw away tells something: it was less sure. Then try '
      '`--estimator exact --p_mask_prompt 0`.', 'drawn_tokens is given. Begin with one block, '
      'temperature 1 and one token per step; then c as a minimum and the equal shares, then '
-     'blocks, and what follows an end last. Give a tie (within TIE) to the committed token.'),
+     'blocks, and what follows an end last. The second sum is over p_j(v) < c + TIE: what is as '
+     'sure as c may have lost the tie.'),
     ('model.py', 'last_adapter_off', 20, 'The reference policy is the policy without the adapter '
      'in training. Then try `--lora_rank 8 --beta 0.04`.',
      'try, yield, finally: switch it on again after an error, too.'),
@@ -64,20 +68,23 @@ For the teacher:
 
 For the student: {number} functions have lost their bodies; their docstrings say what they do, and
 the paper is d1 (arXiv 2504.12216). Solve them in this order. After number {CORE}
-`python train.py --task gsm8k` works; each of the others adds something to it.
+`python train.py --task gsm8k` works; each of the others adds something to it, and what it says to
+try goes behind `python train.py --task countdown --stages grpo`.
 '''
 QUESTIONS = '''
 ## Open questions, from an evening to a project
 
-Flags go behind `python train.py --task countdown --stages grpo`, a run takes minutes, and no
-difference is to be believed before three seeds agree. What we measured stands in
-assets/findings.md of the project: look there last. The first three are debates that the field has
-not settled.
+Flags go behind `python train.py --task countdown --stages grpo`. A run takes some minutes, with
+`--estimator exact` about seven times as long and with `ar` twenty times or more: give it fewer
+prompts (`--num_prompts`). No difference is to be believed before three seeds agree. What we
+measured stands in assets/findings.md of the project, which your teacher has: look there last. The
+first three are debates that the field has not settled.
 
 1. **Which tokens should a view hide?** Those that come later and are easy (IM, arXiv 2609.25927),
    or those of which the model is unsure (EGSPO, arXiv 2603.12554)? Write both as views
    (`draw_views` in loglik.py; a first pass of `completion_logps` tells how sure it is) and set them
    against `--estimator coupled`, which hides at random, and `--estimator stepmerge --num_views 2`.
+   `train_grpo` has to give `draw_views` the model then; `FLAGS` in train.py holds the names.
 2. **Is RL needed at all?** Masked SFT on one's own right rollouts never learns from a wrong one:
    `--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0` against the default. Compare
    at equal forward passes, not iterations: a completion costs 24 for its rollout and per update 2,
@@ -85,25 +92,25 @@ not settled.
    seldom thinks?
 3. **The flexibility trap.** JustGRPO (arXiv 2601.15165) says that any order lets a model avoid the
    hard tokens, and trains left to right: `--block_length 1 --steps 48 --estimator ar
-   --p_mask_prompt 0`, 48 passes per update. Does the base, too, solve more problems in k tries left
+   --p_mask_prompt 0`, 96 passes per update. Does the base, too, solve more problems in k tries left
    to right (`sample_texts` in grpo.py, temperature 0.9, k = 1 to 64)? And after RL, for as much
    compute?
 4. **Prompt masks when a rollout serves many updates.** `--num_iterations 24` with
    `--p_mask_prompt 0.15`, with 0, and with `--fixed_mask`. Look at ratio and clip_high in
    out/NAME/log.jsonl: what does a policy overfit that always sees the same view?
 5. **What is the exact gradient worth?** `--estimator exact --p_mask_prompt 0` knows the sampler's
-   own likelihood, for up to 24 passes instead of one. Is it ahead of `--p_mask_prompt 0` at
+   own likelihood, for up to 24 times the passes. Is it ahead of `--p_mask_prompt 0` at
    equal iterations, at equal passes, and when every completion thinks from the start
    (`--prefill "<reasoning>"`)?
 6. **SFT that spoils nothing.** Find a dose (`--stages sft`, `--sft_steps`, `--sft_learning_rate`)
    that teaches the form and leaves Countdown alone. A fifth of the traces go wrong, say Wait and go
    on right: does the model say it where it errs, and does diffu-GRPO make it say so more often?
 7. **Blocks at evaluation.** Train with the default, blocks of 8; then evaluate with other ones:
-   `--model out/NAME/model --eval_only --block_length 48`, 16, 4. What has a policy learnt about its
-   sampler?
-8. **A reward, or a task, of your own.** Pay for short completions (`grade_gsm8k` in rewards.py): is
-   it paid without thinking? Or add a section to rewards.py and rows to `--data`: what does the base
-   need to know for RL to find the rest?
+   `--model out/NAME/model --eval_only --block_length 48`, 16, 4 (the policy's row is then called
+   base; `--name` tells the runs apart). What has a policy learnt about its sampler?
+8. **A reward, or a task, of your own.** Pay for short completions (`--task gsm8k`; `grade_gsm8k`
+   in rewards.py): is it paid without thinking? Or add a section to rewards.py and rows to
+   `--data`: what does the base need to know for RL to find the rest?
 '''
 
 
@@ -149,14 +156,18 @@ def sheet():
 
 # ---- graders ----
 
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+def close(a, b, what=''):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda text: f'{what}\n{text}')
 
 
 def test_group_advantages():
     from grpo import group_advantages
     found = group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
     close(found, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+    found = group_advantages(torch.tensor([1.0, 2, 6, 0, 0, 3]), 3)
+    close(found, torch.tensor([-2.0, -1, 3, -1, -1, 2]))
+    flat = group_advantages(torch.tensor([2.0, 2.0]), 2, divide_by_std=True)
+    assert flat.tolist() == [0, 0], 'a flat group has no standard deviation'
     found = group_advantages(torch.tensor([1.0, 3.0]), 2, divide_by_std=True)
     assert (found - torch.tensor([-1.0, 1.0]) / 2 ** 0.5).abs().max() < 1e-3
 
@@ -164,6 +175,7 @@ def test_group_advantages():
 def test_up_to_end():
     from grpo import up_to_end
     found = up_to_end(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8], [9, 5, 0, 1]]), (0, 9))
+    assert found.dtype == torch.bool, 'as an index, numbers would pick tokens'
     assert found.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
 
 
@@ -175,13 +187,17 @@ def test_draw_masks():
     assert t.shape == (8, 1) and (masked.float().mean(1, keepdim=True) - t).abs().max() < 0.03
     gaps = t.flatten().sort().values.diff()
     close(gaps, torch.full((7,), 1 / 8))         # evenly spread
+    again, other = (draw_masks(answers, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(again[0], masked) and torch.equal(again[1], t), 'the generator decides'
+    assert not torch.equal(other[1], t), 'the start is random'
     low = draw_masks(answers, torch.Generator().manual_seed(0), t_min=0.5)[1]
-    assert low.min() >= 0.5 and low.max() <= 1
+    assert low.min() > 0.5 and low.max() <= 1
+    close(low.flatten().sort().values.diff(), torch.full((7,), 0.5 / 8), 'evenly, from t_min to 1')
 
 
 def test_masked_loss():
     from sft import masked_loss
-    logps = torch.tensor([[-1.0, -2.0], [-3.0, -torch.inf]])
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -7.0]])
     masked = torch.tensor([[True, True], [True, False]])
     found = masked_loss(logps, masked, torch.tensor([[0.5], [0.25]]), 4)
     close(found, torch.tensor((1 / 0.5 + 2 / 0.5 + 3 / 0.25) / 4))
@@ -193,7 +209,11 @@ def test_random_prompt_mask():
     found = random_prompt_mask(ids, 0.3, g, num_prefill=2)
     assert found.shape == ids.shape and not found[:, 48:].any()
     assert abs(found[:, :48].float().mean() - 0.3) < 0.03
-    assert not torch.equal(found, random_prompt_mask(ids, 0.3, g))
+    without = random_prompt_mask(ids, 0.3, g)
+    assert abs(without.float().mean() - 0.3) < 0.03, 'there may be no prefill'
+    assert not torch.equal(found, without), 'another mask each time'
+    again = random_prompt_mask(ids, 0.3, torch.Generator().manual_seed(0), num_prefill=2)
+    assert torch.equal(found, again), 'of the generator alone'
 
 
 class Counting:
@@ -201,8 +221,10 @@ class Counting:
     strength = torch.tensor([0.0, 0.0, 1.0, 3.0, 2.0, 4.0])      # 2 of a prompt, 4 of a completion
     config = SimpleNamespace(mask_id=1, eos_id=0, end_ids=(0,))
     device = torch.device('cpu')
+    looks = False              # at the prompt: after a 7 its favourites are two higher
 
     def __call__(self, ids, attention_mask=None, positions=None):
+        self.ids, self.attention_mask = ids, attention_mask      # for the graders
         seen = (ids[:, 2:] != 1).sum(1)                          # (B,)
         logits = torch.zeros(*ids.shape, 10)
         logits[torch.arange(len(ids)), :, 2 + seen] = self.strength
@@ -210,9 +232,9 @@ class Counting:
             logits = logits.take_along_dim(positions[..., None], dim=1)
         return logits
 
-    def token_logps(self, ids, targets, scored):
+    def token_logps(self, ids, targets, scored=None, attention_mask=None):
         logps = self(ids)[:, -targets.size(1):].log_softmax(-1)
-        return logps.gather(-1, targets[..., None])[..., 0] * scored
+        return logps.gather(-1, targets[..., None])[..., 0] * (1 if scored is None else scored)
 
 
 def test_completion_logps():
@@ -221,7 +243,9 @@ def test_completion_logps():
     holes = torch.tensor([[True, False]])
     z = [math.log(math.exp(s) + 9) for s in (1, 3, 2, 4)]        # all masked: 2 is the favourite
     expected = torch.tensor([[1 - z[0], -z[1], 2 - z[2], -z[3]]])
-    close(completion_logps(Counting(), prompt, completion, holes), expected)
+    model = Counting()
+    close(completion_logps(model, prompt, completion, holes), expected)
+    assert model.ids.tolist() == [[1, 6, 1, 1, 1, 1]], "what the model sees: q', and masks"
     some = torch.tensor([[True, True, False, False]])
     close(completion_logps(Counting(), prompt, completion, holes, some), expected * some)
     half = View(~some, ~some, torch.tensor([[2.0]]))             # two in sight: 4 is the favourite
@@ -239,16 +263,23 @@ def test_grpo_loss():
     loss.backward()
     assert (logps.grad != 0).tolist() == [[False, True], [True, False]]
     assert abs(stats['clip_high'] - 1 / 3) < 1e-6 and stats['clip_low'] == 0
+    assert abs(stats['ratio'] - (2 + 0.25 + 2) / 3) < 1e-6 and 'kl' not in stats
+    loss, stats = grpo_loss(logps, torch.zeros(2, 2), None, -A, mask, epsilon=0.5, beta=0.0)
+    close(loss, torch.tensor((2.0 + 0.5 - 1.5) / 3), 'where A < 0 a ratio of 0.25 counts as 0.5')
+    assert abs(stats['clip_low'] - 1 / 3) < 1e-6
     by_row, _ = grpo_loss(logps, torch.zeros(2, 2), None, A, mask, 0.5, 0.0, 'sequence')
     close(by_row, torch.tensor(-((1.5 + 0.25) / 2 - 2.0) / 2))
     same = torch.zeros(1, 1)
     loss, stats = grpo_loss(same, same, same + math.log(2), torch.zeros(1), same == 0, beta=0.1)
-    close(loss, torch.tensor(0.1 * (2 - math.log(2) - 1)))
+    close(loss, torch.tensor(0.1 * (2 - math.log(2) - 1)), 'k3: exp(d) - d - 1, d = ref - new')
+    assert abs(stats['kl'] - (2 - math.log(2) - 1)) < 1e-6
 
 
 class LovesMasks(Counting):
     def __call__(self, ids, attention_mask=None, positions=None):
         logits = super().__call__(ids, attention_mask, positions)
+        begins_with_7 = (ids[:, 0] == 7)[:, None, None]
+        logits = torch.where(begins_with_7 & self.looks, logits.roll(2, -1), logits)
         logits[..., self.config.mask_id] = 9.0                   # which may never be drawn
         return logits
 
@@ -257,7 +288,7 @@ def test_generate():
     from sample import generate
     prompt = torch.tensor([[5, 6], [7, 8]])
     ids, steps = generate(LovesMasks(), prompt, 4, 2, 4)
-    assert ids.tolist() == [[3, 2, 5, 4]] * 2, 'each token tells how many stood before it'
+    assert ids.tolist() == [[3, 2, 5, 4]] * 2, '2 + how many stood before it; 1, the mask, never'
     assert steps.tolist() == [[1, 0, 3, 2]] * 2
     ids, steps = generate(LovesMasks(), prompt, 4, 2, 2)
     assert ids.tolist() == [[2, 2, 4, 4]] * 2 and steps.tolist() == [[0, 0, 1, 1]] * 2
@@ -267,6 +298,26 @@ def test_generate():
     ids, steps = generate(ends, prompt, 4, 2, 4)
     assert ids.tolist() == [[3, 2, 0, 0]] * 2, 'the first block holds an end, 3'
     assert steps.tolist() == [[1, 0, 1, 1]] * 2
+    ends.looks, ends.config.end_ids = True, (0, 5)
+    for order in ([0, 1], [1, 0]):
+        ids, steps = generate(ends, prompt[order], 4, 2, 4)
+        assert ids[order].tolist() == [[3, 2, 5, 4], [5, 4, 0, 0]], 'one row ends, one goes on'
+        assert steps[order].tolist() == [[1, 0, 3, 2], [1, 0, 1, 1]]
+    streams = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    rows, _ = generate(ends, prompt.repeat(8, 1), 4, 2, 4, 1.0, generators=streams)
+    for seed in range(16):
+        stream = torch.Generator().manual_seed(seed)
+        alone, _ = generate(ends, prompt[seed % 2:][:1], 4, 2, 4, 1.0, generators=[stream])
+        close(rows[seed:seed + 1], alone, 'a row depends on no row beside it')
+    hot, _ = generate(LovesMasks(), prompt.repeat(8, 1), 4, 2, 4, 5.0)
+    assert len({tuple(row) for row in hot.tolist()}) > 8, 'a temperature makes rows differ'
+    model = LovesMasks()
+    generate(model, prompt[:1], 4, 2, 4, attention_mask=torch.tensor([[0, 1]]))
+    assert model.attention_mask.tolist() == [[False] + [True] * 5]
+    generate(model, prompt, 4, 2, 4, cfg_scale=1.0)
+    assert (model.ids[:, :2] == 1).all(), 'guide calls the model without the prompt'
+    with pytest.raises(ValueError):
+        generate(model, prompt, 5, 2, 5)
 
 
 def test_stepmerge_views():
@@ -280,6 +331,8 @@ def test_stepmerge_views():
     first, second = stepmerge_views(torch.tensor([[0, 2, 1]]), 2)        # three steps
     assert first.scored.tolist() == [[True, False, True]]
     assert second.masked.tolist() == second.scored.tolist() == [[False, True, False]]
+    [first, *_] = stepmerge_views(torch.tensor([[0, 1, 2, 3], [0, 0, 1, 1]]), 3)     # 4 steps
+    assert first.scored.tolist() == [[True, True, False, False], [True] * 4]
     # a view per step: each token is the model's favourite, as when it was sampled
     views = stepmerge_views(commit_steps, 4)
     prompt, completion = torch.tensor([[5, 6]]), torch.tensor([[3, 2, 5, 4]])
@@ -307,6 +360,7 @@ def test_rejection_loss():
 class Table:
     """A model that never looks: of position k the tokens 0 to 4 have probabilities[k]."""
     config = SimpleNamespace(mask_id=1, eos_id=0, end_ids=(0,))
+    device = torch.device('cpu')
 
     def __init__(self, probabilities):
         self.logits = torch.tensor(probabilities).log()          # (L, V)
@@ -319,7 +373,7 @@ class Table:
 
 
 def test_exact_logps():
-    from loglik import exact_logps
+    from loglik import Exact, completion_logps, exact_logps
 
     def found(probabilities, completion, commit_steps, block_length, temperature=1.0, length=None):
         completion = torch.tensor([completion])
@@ -343,9 +397,14 @@ def test_exact_logps():
     three = [[0, 0, 0.6, 0.4, 0], [0, 0, 0.5, 0.5, 0], [0, 0, 0.55, 0.45, 0]]
     close(found(three, [2, 2, 2], [0, 0, 1], 3),
           torch.tensor([0.6 * 0.45 ** 0.5, 0.5 * 0.45 ** 0.5, 0.55]))
+    # a tie: the second may have drawn 2, as sure as the first one's, or 3
+    close(found([two[0], two[0]], [2, 2], [0, 1], 2), torch.tensor([0.6, 0.6]), 'a tie')
     # temperature 0.5 draws with squares, 1/2 and 4/7, but compares the plain 0.5 and 0.4
     plain = [[0, 0, 0.5, 0.5, 0], [0.2, 0, 0.4, 0.2, 0.2]]
     close(found(plain, [2, 3], [0, 1], 2, 0.5), torch.tensor([1 / 2, 1 / 7]))
+    # and the second product is of draws: 0.5 at most, so 0.4, which is 4/13 at temperature 0.5
+    halves = [[0, 0, 0.5, 0.5, 0], [0, 0, 0.6, 0.4, 0]]
+    close(found(halves, [2, 3], [0, 1], 2, 0.5), torch.tensor([0.5 * 4 / 13, 4 / 13]))
     # the mask, however likely, is never drawn: 0.3 and 0.2 are 0.6 and 0.4
     masks = [[0, 0.5, 0.3, 0.2, 0], two[1]]
     close(found(masks, [2, 2], [0, 1], 2), torch.tensor([0.6 * 0.3, 0.3]))
@@ -354,11 +413,32 @@ def test_exact_logps():
     ends = [[0.6, 0, 0.4, 0, 0], other, other, other]
     close(found(ends, [0, 2, 0, 0], [0, 1, 1, 1], 2, length=1),
           torch.tensor([0.6 * 0.35 * 0.3, 1, 1, 1]))
+    # rows of a batch do not meet, though the first is over after two steps
+    rows = torch.tensor([[0, 2, 0, 0], [2, 2, 2, 2]])
+    steps, mask = torch.tensor([[0, 1, 1, 1], [0, 1, 2, 3]]), torch.tensor([[1, 0, 0, 0], [1] * 4])
+    prompt = torch.tensor([[5, 6], [5, 6]])
+    both = exact_logps(Table(ends), prompt, rows, mask.bool(), steps, 2, 1.0)
+    for i in (0, 1):
+        one = exact_logps(Table(ends), prompt[:1], rows[i:i + 1], mask[i:i + 1].bool(),
+                          steps[i:i + 1], 2, 1.0)
+        close(both[i:i + 1], one, 'a row alone')
+    # both products have a gradient: 0.3 stands in each, so twice 1 - 0.3
+    table = Table(two)
+    table.logits = table.logits.clamp(min=-50).requires_grad_()
+    rows = torch.tensor([[2, 2]])
+    exact_logps(table, prompt[:1], rows, rows > 0, torch.tensor([[0, 1]]), 2, 1.0).sum().backward()
+    close(table.logits.grad[1, 2], torch.tensor(2 * 0.7), 'the gradient')
     # a step sees what earlier ones have committed: each token is the favourite, of nine
     completion = torch.tensor([[3, 2, 5, 4]])
     logps = exact_logps(Counting(), torch.tensor([[5, 6]]), completion, completion > 0,
                         torch.tensor([[1, 0, 3, 2]]), 2, 1.0)
     close(logps, torch.tensor([[s - math.log(math.exp(s) + 8) for s in (1, 3, 2, 4)]]))
+    # in the place of views it is given the prompt with its holes
+    model, holes = Counting(), torch.tensor([[True, False]])
+    views = Exact(torch.tensor([[1, 0, 3, 2]]), 2, 1.0)
+    close(completion_logps(model, torch.tensor([[5, 6]]), completion, holes, completion > 0, views),
+          logps)
+    assert model.ids[0, :2].tolist() == [1, 6]
 
 
 def test_last_adapter_off():
@@ -382,6 +462,9 @@ def test_last_adapter_off():
         except KeyboardInterrupt:
             pass
         close(model(ids), trained)
+        model.requires_grad_(False)
+        with last_adapter_off(model):
+            close(model(ids), trained, 'no adapter is in training: nothing is switched off')
     assert not torch.equal(trained, outputs[1]) and not torch.equal(*outputs)
 
 
