@@ -223,7 +223,6 @@ class Counting:
     strength = torch.tensor([0.0, 0.0, 1.0, 3.0, 2.0, 4.0])      # 2 of a prompt, 4 of a completion
     config = SimpleNamespace(mask_id=1, eos_id=0, end_ids=(0,))
     device = torch.device('cpu')
-    looks = False              # at the prompt: after a 7 its favourites are two higher
 
     def __call__(self, ids, attention_mask=None, positions=None):
         self.ids, self.attention_mask = ids, attention_mask      # for the graders
@@ -278,6 +277,8 @@ def test_grpo_loss():
 
 
 class LovesMasks(Counting):
+    looks = False              # at the prompt: after a 7 its favourites are two higher
+
     def __call__(self, ids, attention_mask=None, positions=None):
         logits = super().__call__(ids, attention_mask, positions)
         begins_with_7 = (ids[:, 0] == 7)[:, None, None]
@@ -417,13 +418,14 @@ def test_exact_logps():
           torch.tensor([0.6 * 0.35 * 0.3, 1, 1, 1]))
     # rows of a batch do not meet, though the first is over after two steps
     rows = torch.tensor([[0, 2, 0, 0], [2, 2, 2, 2]])
-    steps, mask = torch.tensor([[0, 1, 1, 1], [0, 1, 2, 3]]), torch.tensor([[1, 0, 0, 0], [1] * 4])
+    steps = torch.tensor([[0, 1, 1, 1], [0, 1, 2, 3]])
+    mask = torch.arange(4) < torch.tensor([[1], [4]])            # the lengths
     prompt = torch.tensor([[5, 6], [5, 6]])
-    both = exact_logps(Table(ends), prompt, rows, mask.bool(), steps, 2, 1.0)
+    both = exact_logps(Table(ends), prompt, rows, mask, steps, 2, 1.0)
     for i in (0, 1):
-        one = exact_logps(Table(ends), prompt[:1], rows[i:i + 1], mask[i:i + 1].bool(),
-                          steps[i:i + 1], 2, 1.0)
-        close(both[i:i + 1], one, 'a row alone')
+        row = slice(i, i + 1)
+        one = exact_logps(Table(ends), prompt[row], rows[row], mask[row], steps[row], 2, 1.0)
+        close(both[row], one, 'a row alone')
     # both products have a gradient: 0.3 stands in each, so twice 1 - 0.3
     table = Table(two)
     table.logits = table.logits.clamp(min=-50).requires_grad_()
