@@ -243,6 +243,21 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     for values in row['estimators'].values():
         assert all(math.isfinite(value) for value in values.values())
 
+    args.parts = tmp_path / 'parts.jsonl'
+    experiments.parts_of_bias(args, 0, 'gsm8k', 'base', num_prompts=1, num_samples=16)
+    [row] = experiments.rows_of(args.parts)
+    assert row['d1'] < row['one_step'] < row['own'] < 0 and row['exact'] < 0
+
+
+def test_what_the_places_of_rollouts_say_by_themselves():
+    """A fair coin, then a token that is always the same, and in half of the rows another coin."""
+    ids = torch.tensor([[0, 5, 2], [1, 5, 2], [0, 5, 3], [1, 5, 3]] * 25)
+    mask = torch.ones(100, 3, dtype=torch.bool)
+    corrections = 2 / (2 * 100)                  # one for each coin
+    assert experiments.own_places(ids, mask) == pytest.approx(-2 * math.log(2) - corrections)
+    mask[::2, 2] = False                         # the rows have ended
+    assert experiments.own_places(ids, mask) == pytest.approx(-1.5 * math.log(2) - corrections)
+
 
 def test_every_stub_of_the_exercises_fails_and_says_how_it_is_graded(tmp_path):
     exercises.write(tmp_path / 'copy')

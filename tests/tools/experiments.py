@@ -129,6 +129,16 @@ def trained_model(args, base, kind, tasks):
     return folder
 
 
+def model_of_stage(args, base, task, stage):
+    """(the folder of a model, the training problems of its base); stage: base, sft or d1."""
+    folder, data = base_and_data(args, base)
+    if stage == 'sft':
+        folder = trained_model(args, base, 'sft', ALL)
+    if stage == 'd1':
+        folder = trained_model(args, base, 'd1', task)
+    return folder, data
+
+
 def done_cells(args):
     return [(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)]
 
@@ -302,11 +312,7 @@ def truth(args, base, task, stage, num_groups, draws):
     the exact one, with its part that comes from the tokens of the first step (mostly the choice
     between thinking and guessing), and with the rest.
     """
-    folder, data = base_and_data(args, base)
-    if stage == 'sft':
-        folder = trained_model(args, base, 'sft', ALL)
-    if stage == 'd1':
-        folder = trained_model(args, base, 'd1', task)
+    folder, data = model_of_stage(args, base, task, stage)
     model, tokenizer = load(str(folder))
     settings = train.parse(['--task', task, '--seed', str(1000 + base), '--data', str(data)])
     groups = groups_with_a_gradient(settings, model, tokenizer, num_groups)
@@ -350,6 +356,56 @@ def truth(args, base, task, stage, num_groups, draws):
                             exact_logp=round(exact_mean, 4), positions=round(positions_mean, 4),
                             first_share=round(share, 4), estimators=estimators))
     print('truth', base, task, stage, flush=True)
+
+
+# ---- what the bias is made of ----
+
+def parts_of_bias(args, base, task, stage, num_prompts, num_samples):
+    """d1's bias split by many rollouts of the same prompts; appends a line to parts.jsonl.
+
+    With m_i the frequencies of tokens at place i of the prompt's rollouts, q_i what one pass says:
+    E[log q - log p] = (E[sum log m_i] - E[log p]) - sum KL(m_i || q_i).
+    What no product over places can know: what tokens tell about each other and about the order of
+    commits; and misfit, here with no prompt mask; a prompt mask adds to it. Nats per completion.
+    """
+    folder, data = model_of_stage(args, base, task, stage)
+    model, tokenizer = load(str(folder))
+    settings = train.parse(['--task', task, '--seed', str(1000 + base), '--data', str(data)])
+    problems = train.Problems(settings, tokenizer, {})
+    sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
+                                    settings.temperature)
+    rows = []
+    for number in range(num_prompts):
+        problem = number, *problems.draw(number)
+        [group] = rollout(model, tokenizer, [problem], num_samples, sampling, base, step=1)
+        mask, ids = group.completion_mask, group.completion_ids
+        with torch.no_grad():
+            exact = exact_logps(model, group.prompt_ids, ids, mask, group.commit_steps,
+                                settings.block_length, settings.temperature)
+            one_step = {}
+            for p_mask, draws in ((0, 1), (0.15, 8)):
+                total = 0
+                for draw in range(draws):
+                    stream = torch_stream('cpu', base, 'parts', number, draw)
+                    prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
+                    total += completion_logps(model, group.prompt_ids, ids, prompt_mask, mask)
+                one_step[p_mask] = total.sum(1).mean().item() / draws
+        rows.append(dict(exact=exact.sum(1).mean().item(), own=own_places(ids, mask),
+                         one_step=one_step[0], d1=one_step[0.15]))
+    values = {key: round(mean([row[key] for row in rows]), 4) for key in rows[0]}
+    append(args.parts, dict(base=base, task=task, stage=stage, prompts=num_prompts,
+                            samples=num_samples) | values)
+    print('parts', base, task, stage, flush=True)
+
+
+def own_places(ids, mask):
+    """E[sum_i log m_i(x_i)] of rollouts (N, L), with Miller and Madow's correction of entropies."""
+    counts = torch.zeros(ids.size(1), int(ids.max()) + 1)                    # (L, V)
+    places = torch.arange(ids.size(1)).expand_as(ids)
+    counts.index_put_((places, ids), mask.float(), accumulate=True)
+    log_m = (counts / counts.sum(1, keepdim=True)).log()[places, ids]        # (N, L)
+    found = log_m.masked_fill(~mask, 0).sum(1).mean().item()
+    return found - ((counts > 0).sum(1) - 1).clamp(min=0).sum().item() / (2 * len(ids))
 
 
 def cosine(a, b):
@@ -471,6 +527,17 @@ def truth_table(rows):
         for name in some[0]['estimators']:
             means = [mean([row['estimators'][name][key] for row in some]) for key in columns]
             print_row([name, *[f'{value:.3g}' for value in means]])
+
+
+def parts_table(rows):
+    """d1's bias, nats per completion, and its three parts; see parts_of_bias."""
+    print('\nThe bias of one step and its parts, nats per completion\n')
+    print_head(['base', 'task', 'stage', 'exact log p', 'no product can know', 'misfit',
+                'prompt masks', 'bias of d1'])
+    for row in rows:
+        exact, own, one_step, d1 = (row[key] for key in ('exact', 'own', 'one_step', 'd1'))
+        values = [exact, own - exact, one_step - own, d1 - one_step, d1 - exact]
+        print_row([row['base'], row['task'], row['stage'], *[f'{value:.1f}' for value in values]])
 
 
 # ---- figures, readable on light and dark pages ----
@@ -638,6 +705,12 @@ def jobs(args):
             for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
                 if (base, task, stage) not in done:
                     yield truth, (base, task, stage, num_groups, draws)
+        elif kind == 'parts':
+            done = [(row['base'], row['task'], row['stage']) for row in rows_of(args.parts)]
+            prompts_and_samples = (2, 32) if args.quick else (16, 512)
+            for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
+                if (base, task, stage) not in done:
+                    yield parts_of_bias, (base, task, stage, *prompts_and_samples)
         elif kind == 'passk':
             done = [(row['base'], row['task']) for row in rows_of(args.passk)]
             for task in GAMES:
@@ -658,6 +731,7 @@ def tables_and_figures(args):
     methods_table(rows)
     skill_table(rows, rows_of(args.passk))
     truth_table(truth_rows)
+    parts_table(rows_of(args.parts))
     try:
         import matplotlib                        # noqa: F401
     except ImportError:
@@ -673,7 +747,7 @@ def tables_and_figures(args):
 
 
 def main(argv=None):
-    kinds = [*KINDS, 'passk', 'truth']
+    kinds = [*KINDS, 'passk', 'truth', 'parts']
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
@@ -695,6 +769,7 @@ def main(argv=None):
     args.results.mkdir(parents=True, exist_ok=True)
     args.truth = args.results / 'truth.jsonl'
     args.passk = args.results / 'passk.jsonl'
+    args.parts = args.results / 'parts.jsonl'
     args.results = args.results / 'nano.jsonl'
     if not args.tables:
         for job, arguments in jobs(args):
