@@ -206,14 +206,14 @@ def samples(args, base, task, num_problems, k=8):
     model, data = base_and_data(args, base)
     model, tokenizer = load(str(model))
     line = dict(base=base, task=task, problems=num_problems, k=k)
-    for order, block_length in (('any order', 8), ('left to right', 1)):
+    for order in ('any order', 'left to right'):
         settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
                                f'--eval_n {num_problems} {THINK} {ASKERS}'.split())
         problems = train.load_test_sets(settings, tokenizer)[task]
-        sampling = train.sampling_knobs(settings, settings.gen_length,
-                                        settings.gen_length // (2 if block_length > 1 else 1),
+        if order == 'left to right':             # a token per block and step
+            settings.block_length, settings.steps = 1, settings.gen_length
+        sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
                                         settings.temperature)
-        sampling['block_length'] = block_length
         right = []
         for i, problem in enumerate(problems):
             [group] = rollout(model, tokenizer, [(i, *problem)], k, sampling, base, 0,
