@@ -696,6 +696,33 @@ def methods_figure(rows, folder):
     save(figure, folder, 'methods')
 
 
+def debates_figure(passk, parts, folder):
+    """pass@1 and pass@k in any order and left to right; what the bias of one step is made of."""
+    figure, [tries, bias] = new_figure(2)
+    for i, order in enumerate(('any order', 'left to right')):
+        for j, key in enumerate(('pass1', 'passk')):
+            values = [100 * row[order][key] for row in passk if row['task'] == 'countdown']
+            middle, (below, above) = mean_and_range(values)
+            tries.bar(j + 0.35 * i, middle, 0.32, color=COLOURS[i], ecolor=GREY,
+                      yerr=[[below], [above]], label=order if j == 0 else None)
+    tries.set_xticks([0.17, 1.17], ['pass@1', f"pass@{passk[0]['k']}"])
+    tries.set(ylabel='Countdown, base made to think, %', ylim=(0, 100))
+    tries.legend(fontsize=7, loc='upper left')
+    pairs = [('no product can know', 'own', 'exact'), ('misfit', 'one_step', 'own'),
+             ('prompt masks', 'd1', 'one_step')]
+    for j, stage in enumerate(('base', 'sft', 'd1')):
+        some = [row for row in parts if (row['task'], row['stage']) == ('countdown', stage)]
+        top = 0
+        for (label, part, before), colour in zip(pairs, COLOURS):
+            height = mean([row[part] - row[before] for row in some])
+            bias.bar(j, height, 0.6, top, color=colour, label=label if j == 0 else None)
+            top += height
+    bias.set_xticks(range(3), ['base', 'SFT', 'd1'])
+    bias.set(ylabel='bias of one step, nats')
+    bias.legend(fontsize=7, ncols=3, loc='lower center', bbox_to_anchor=(0.5, 1))
+    save(figure, folder, 'debates')
+
+
 def jobs(args):
     """Yields (function, arguments) of every cell that the results do not hold."""
     for base, kind in itertools.product(args.bases, args.kinds):
@@ -744,6 +771,9 @@ def tables_and_figures(args):
         methods_figure(rows, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)
+    passk, parts = rows_of(args.passk), rows_of(args.parts)
+    if passk and {row['stage'] for row in parts} == {'base', 'sft', 'd1'}:
+        debates_figure(passk, parts, folder)
 
 
 def main(argv=None):
