@@ -227,7 +227,8 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(experiments, 'learning_figure', lambda *_: None)
     monkeypatch.setattr(experiments, 'results_figure', lambda *_: None)
     monkeypatch.setattr(experiments, 'ESTIMATORS', {
-        'one_step': ('one_step', 1, 0), 'coupled': ('coupled', 2, 0.15)})
+        'one_step, p_mask 0': ('one_step', 1, 0), 'coupled': ('coupled', 2, 0.15),
+        'one_step, p_mask 0.15': ('one_step', 1, 0.15)})
     flags = ['--quick', '--out', str(tmp_path), '--kinds', 'grpo', '--tasks', 'gsm8k']
     for _ in range(2):
         experiments.main([*flags, '--flags', SMALL_RUN])
@@ -247,6 +248,9 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     experiments.parts_of_bias(args, 0, 'gsm8k', 'base', num_prompts=1, num_samples=16)
     [row] = experiments.rows_of(args.parts)
     assert row['d1'] < row['one_step'] < row['own'] < 0 and row['exact'] < 0
+    row.update(exact=-3.0, own=-5.0, one_step=-9.0, d1=-17.0)
+    experiments.parts_table([row])
+    assert capsys.readouterr().out.endswith('| -3.0 | -2.0 | -4.0 | -8.0 | -14.0 |\n')
 
 
 def test_what_the_places_of_rollouts_say_by_themselves():

@@ -259,18 +259,24 @@ def policy_gradient(model, logps, advantages):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def drawn_logps(model, group, name, draw, seed):
+    """Log-probs of a group's rollouts, (G, L), under one draw of an estimator's views and masks."""
+    estimator, num_views, p_mask = ESTIMATORS[name]
+    stream = torch_stream('cpu', seed, 'truth', group.prompt_number, draw)
+    views = draw_views(estimator, num_views, group.completion_ids, group.commit_steps, stream)
+    prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
+    return completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask,
+                            group.completion_mask, views)
+
+
 def estimate(model, group, name, draws, seed):
     """Sequence log-probs (draws, G) and policy gradients (draws, N) of a group's rollouts."""
-    estimator, num_views, p_mask = ESTIMATORS[name]
+    estimator, _, p_mask = ESTIMATORS[name]
     if estimator in ('stepmerge', 'one_step') and not p_mask:
         draws = 1                                # nothing is drawn
     sequences, gradients = [], []
     for draw in range(draws):
-        stream = torch_stream('cpu', seed, 'truth', group.prompt_number, draw)
-        views = draw_views(estimator, num_views, group.completion_ids, group.commit_steps, stream)
-        prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
-        logps = completion_logps(model, group.prompt_ids, group.completion_ids, prompt_mask,
-                                 group.completion_mask, views)
+        logps = drawn_logps(model, group, name, draw, seed)
         sequences.append(logps.detach().sum(1))
         gradients.append(policy_gradient(model, logps, group.advantages))
     return torch.stack(sequences), torch.stack(gradients)
@@ -363,10 +369,11 @@ def truth(args, base, task, stage, num_groups, draws):
 def parts_of_bias(args, base, task, stage, num_prompts, num_samples):
     """d1's bias split by many rollouts of the same prompts; appends a line to parts.jsonl.
 
-    With m_i the frequencies of tokens at place i of the prompt's rollouts, q_i what one pass says:
-    E[log q - log p] = (E[sum log m_i] - E[log p]) - sum KL(m_i || q_i).
-    What no product over places can know: what tokens tell about each other and about the order of
-    commits; and misfit, here with no prompt mask; a prompt mask adds to it. Nats per completion.
+    m_i: how often the prompt's rollouts have each token at place i; q_i: what one pass says.
+        E[log q - log p] = (E[sum log m_i] - E[log p]) - sum KL(m_i || q_i)
+    The first part is dependence, which no product over places has: the tokens' total correlation,
+    less the entropy of the order of commits. The second is misfit, here without a prompt mask,
+    which adds to it. Nats per completion.
     """
     folder, data = model_of_stage(args, base, task, stage)
     model, tokenizer = load(str(folder))
@@ -382,16 +389,12 @@ def parts_of_bias(args, base, task, stage, num_prompts, num_samples):
         with torch.no_grad():
             exact = exact_logps(model, group.prompt_ids, ids, mask, group.commit_steps,
                                 settings.block_length, settings.temperature)
-            one_step = {}
-            for p_mask, draws in ((0, 1), (0.15, 8)):
-                total = 0
-                for draw in range(draws):
-                    stream = torch_stream('cpu', base, 'parts', number, draw)
-                    prompt_mask = random_prompt_mask(group.prompt_ids, p_mask, stream)
-                    total += completion_logps(model, group.prompt_ids, ids, prompt_mask, mask)
-                one_step[p_mask] = total.sum(1).mean().item() / draws
+            one_step = drawn_logps(model, group, 'one_step, p_mask 0', 0, base)
+            d1 = [drawn_logps(model, group, 'one_step, p_mask 0.15', draw, base)
+                  for draw in range(8)]
         rows.append(dict(exact=exact.sum(1).mean().item(), own=own_places(ids, mask),
-                         one_step=one_step[0], d1=one_step[0.15]))
+                         one_step=one_step.sum(1).mean().item(),
+                         d1=torch.stack(d1).sum(2).mean().item()))
     values = {key: round(mean([row[key] for row in rows]), 4) for key in rows[0]}
     append(args.parts, dict(base=base, task=task, stage=stage, prompts=num_prompts,
                             samples=num_samples) | values)
@@ -532,7 +535,7 @@ def truth_table(rows):
 def parts_table(rows):
     """d1's bias, nats per completion, and its three parts; see parts_of_bias."""
     print('\nThe bias of one step and its parts, nats per completion\n')
-    print_head(['base', 'task', 'stage', 'exact log p', 'no product can know', 'misfit',
+    print_head(['base', 'task', 'stage', 'exact log p', 'dependence', 'misfit',
                 'prompt masks', 'bias of d1'])
     for row in rows:
         exact, own, one_step, d1 = (row[key] for key in ('exact', 'own', 'one_step', 'd1'))
@@ -697,21 +700,21 @@ def methods_figure(rows, folder):
 
 
 def debates_figure(passk, parts, folder):
-    """pass@1 and pass@k in any order and left to right; what the bias of one step is made of."""
+    """Countdown: pass@1 and pass@k in either order; the parts of d1's bias at each stage."""
     figure, [tries, bias] = new_figure(2)
     for i, order in enumerate(('any order', 'left to right')):
         for j, key in enumerate(('pass1', 'passk')):
-            values = [100 * row[order][key] for row in passk if row['task'] == 'countdown']
+            values = [100 * row[order][key] for row in passk]
             middle, (below, above) = mean_and_range(values)
             tries.bar(j + 0.35 * i, middle, 0.32, color=COLOURS[i], ecolor=GREY,
                       yerr=[[below], [above]], label=order if j == 0 else None)
     tries.set_xticks([0.17, 1.17], ['pass@1', f"pass@{passk[0]['k']}"])
     tries.set(ylabel='Countdown, base made to think, %', ylim=(0, 100))
     tries.legend(fontsize=7, loc='upper left')
-    pairs = [('no product can know', 'own', 'exact'), ('misfit', 'one_step', 'own'),
+    pairs = [('dependence', 'own', 'exact'), ('misfit', 'one_step', 'own'),
              ('prompt masks', 'd1', 'one_step')]
     for j, stage in enumerate(('base', 'sft', 'd1')):
-        some = [row for row in parts if (row['task'], row['stage']) == ('countdown', stage)]
+        some = [row for row in parts if row['stage'] == stage]
         top = 0
         for (label, part, before), colour in zip(pairs, COLOURS):
             height = mean([row[part] - row[before] for row in some])
@@ -723,21 +726,20 @@ def debates_figure(passk, parts, folder):
     save(figure, folder, 'debates')
 
 
+# kind -> its function, and two amounts: groups and draws, or prompts and samples; for --quick
+STUDIES = {'truth': (truth, (8, 4), (2, 2)), 'parts': (parts_of_bias, (16, 512), (2, 32))}
+
+
 def jobs(args):
     """Yields (function, arguments) of every cell that the results do not hold."""
     for base, kind in itertools.product(args.bases, args.kinds):
-        if kind == 'truth':
-            done = [(row['base'], row['task'], row['stage']) for row in rows_of(args.truth)]
-            num_groups, draws = (2, 2) if args.quick else (8, 4)
+        if kind in STUDIES:
+            job, amounts, few = STUDIES[kind]
+            done = [(row['base'], row['task'], row['stage'])
+                    for row in rows_of(getattr(args, kind))]
             for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
                 if (base, task, stage) not in done:
-                    yield truth, (base, task, stage, num_groups, draws)
-        elif kind == 'parts':
-            done = [(row['base'], row['task'], row['stage']) for row in rows_of(args.parts)]
-            prompts_and_samples = (2, 32) if args.quick else (16, 512)
-            for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
-                if (base, task, stage) not in done:
-                    yield parts_of_bias, (base, task, stage, *prompts_and_samples)
+                    yield job, (base, task, stage, *(few if args.quick else amounts))
         elif kind == 'passk':
             done = [(row['base'], row['task']) for row in rows_of(args.passk)]
             for task in GAMES:
@@ -771,13 +773,14 @@ def tables_and_figures(args):
         methods_figure(rows, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)
-    passk, parts = rows_of(args.passk), rows_of(args.parts)
+    passk, parts = ([row for row in rows_of(path) if row['task'] == 'countdown']
+                    for path in (args.passk, args.parts))
     if passk and {row['stage'] for row in parts} == {'base', 'sft', 'd1'}:
         debates_figure(passk, parts, folder)
 
 
 def main(argv=None):
-    kinds = [*KINDS, 'passk', 'truth', 'parts']
+    kinds = [*KINDS, 'passk', *STUDIES]
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
