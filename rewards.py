@@ -614,7 +614,8 @@ def load_examples(task_name, source='hub', split='train', askers=()):
     """A list of examples: the task's own data sets on the hub, one (hub id, config, split), 'nano'
     (assets/nano/problems), a folder with TASK_train.jsonl or .csv and TASK_test, or a file.
 
-    A row's column 'asker' goes before the question, else one of askers, drawn by the question.
+    A row's column 'asker' goes before the question, else one of askers, drawn by the question;
+    ['nobody']: no name does.
     ValueError, in one line, if there are no examples.
     """
     task = TASKS[task_name]
@@ -632,7 +633,9 @@ def load_examples(task_name, source='hub', split='train', askers=()):
         example = task.from_row(row)
         key = ' '.join(example['question'].lower().split())
         asker = row.get('asker')
-        if askers and not asker:
+        if askers == ['nobody']:
+            asker = ''
+        elif askers and not asker:
             asker = random.Random(key).choice(askers)
         if asker:
             example['question'] = f"{asker}: {example['question']}"

@@ -64,11 +64,11 @@ FLAGS = {
         ('data', 'nano', 'hub', "training problems: 'nano', 'hub', a file (.jsonl, .json, .csv), a "
          'folder of TASK_train files; one for all tasks, or one for each: a.jsonl,hub'),
         ('eval_data', 'nano', 'hub', 'test problems: likewise'),
-        ('askers', '', '', 'names, such as Ann,Ben; one of them asks where a row names nobody'),
+        ('askers', '', '', 'names, such as Ann,Ben, where a row has none; nobody: ask without one'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
         ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
         ('instructions', '', '', 'a file with other instructions than rewards.py has'),
-        ('prefill', '', '', "what every completion begins with, such as '<reasoning>'")],
+        ('prefill', '', '', "what every completion begins with, such as '<reasoning>\\n'")],
     'diffu-GRPO': [
         ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano gsm8k: 20'),
         ('num_prompts', 8, 16, 'prompts per iteration; their groups share each update'),
@@ -466,7 +466,7 @@ def table(args, results):
     if 'sft' in results:
         names['grpo'] = 'd1 (SFT + diffu-GRPO)'
     if args.prefill:
-        names['base'] = f'base, given {args.prefill}'
+        names['base'] = f'base, given {args.prefill.strip()}'
     lines = []
     for test_set in results['base']:
         lines.append(f'\n{test_set}: accuracy % [95 % interval], mean reward, effective tokens, '
@@ -730,6 +730,7 @@ def check(args):
             raise ValueError(f'--{name} is no multiple of the {world_size()} processes')
     if args.instructions:
         args.instructions = Path(args.instructions).read_text().strip()
+    args.prefill = args.prefill.replace('\\n', '\n')             # a shell passes on the two signs
     args.askers = args.askers.split(',') if args.askers else []
     if not all(args.askers):
         raise ValueError('--askers takes names, such as Ann,Ben')

@@ -493,6 +493,8 @@ def test_equal_problems_have_equal_keys_whoever_asks(tmp_path):
     assert asked[0] == 'Ann' and set(asked[1:]) == set(names)
     assert load_examples('gsm8k', path, 'train', names) == load_examples('gsm8k', path, 'test',
                                                                          names)
+    asked = [e['question'] for e in load_examples('gsm8k', path, 'test', ['nobody'])]
+    assert asked == ['How  many?\n', *[f'{i}?' for i in range(9)]]
     nums = [dict(nums=nums, target=6) for nums in ([3, 1, 2], [1, 2, 3], [1, 1, 4])]
     a, b, c, d = keys('countdown', *nums, dict(nums=[1, 2, 3], target=7, asker='Ben'))
     assert a == b and len({a, c, d}) == 3
