@@ -265,8 +265,7 @@ def main():
     p.add_argument('--model', nargs='*', help="folders or hub ids [the newest in out/, or 'nano']")
     p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem to show')
     p.add_argument('--prompt', default='', help='ask this instead')
-    p.add_argument('--gen_length', type=int, help="tokens, in half as many steps [the model's "
-                   'default in train.py]')
+    p.add_argument('--gen_length', type=int, help="tokens [the model's default in train.py]")
     p.add_argument('--temperature', type=float, default=0.0)
     p.add_argument('--cfg_scale', type=float, default=0.0, help='guidance')
     p.add_argument('--threshold', type=float, default=0.0,
@@ -282,14 +281,15 @@ def main():
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, 'cuda'
     for name in args.model or [newest_model()]:
-        defaults = train.defaults(name)
+        defaults = train.defaults(name, args.task)
         gen_length = args.gen_length or defaults['gen_length']
+        steps = gen_length * defaults['steps'] // defaults['gen_length']
         model, tokenizer = load(name, dtype, device)
         prompt = chat(tokenizer, question)
         print(f'{name}: {tokenizer.decode(prompt)}')
         ids, commit_steps = generate(
             model, torch.tensor([prompt], device=device), gen_length, defaults['block_length'],
-            gen_length // 2, args.temperature, args.cfg_scale, threshold=args.threshold,
+            steps, args.temperature, args.cfg_scale, threshold=args.threshold,
             generators=[torch.Generator(device).manual_seed(args.seed)])
         show(tokenizer, model.config, ids[0], commit_steps[0])
 

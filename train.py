@@ -110,7 +110,7 @@ FLAGS = {
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '48,96', '128,256,512',
-         'completion lengths; half as many steps, but at least one per block'),
+         'completion lengths; steps in proportion, but at least one per block'),
         ('eval_every', 0, 0, 'iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
 }
@@ -402,8 +402,8 @@ def evaluate(args, model, tokenizer, test_sets, stage):
 
 
 def eval_steps(args, length):
-    """Half as many as tokens (d1), but at least one per block."""
-    return max(length // 2, length // args.block_length)
+    """As many per token as in rollouts, half a one in d1, but at least one per block."""
+    return max(length * args.steps // args.gen_length, length // args.block_length)
 
 
 def read_results(args):
