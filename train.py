@@ -86,11 +86,11 @@ FLAGS = {
         ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others',
          ['one_step', 'coupled', 'stepmerge', 'ar', 'elbo', 'exact']),
         ('num_views', 4, 4, 'forward passes of the estimators stepmerge and elbo'),
-        ('learning_rate', 5e-5, 3e-6, 'AdamW, constant')],
+        ('learning_rate', 2e-5, 3e-6, 'AdamW, constant')],
     'sampling': [
         ('gen_length', 48, 256, 'tokens of a completion (L)'),
-        ('block_length', 8, 32, 'tokens of a block; blocks are filled from left to right'),
-        ('steps', 24, 128, 'denoising steps of a completion'),
+        ('block_length', 4, 32, 'tokens of a block, filled from left to right; nano sudoku: 8'),
+        ('steps', 24, 128, 'denoising steps of a completion; nano sudoku: 48'),
         ('temperature', 0.9, 0.9, 'of the rollouts; evaluation is greedy'),
         ('cache', False, False, 'keep keys and values outside the block; faster, not exact'),
         ('threshold', 0.0, 0.0, 'commit every token of this confidence, at least one (0 = off)'),
@@ -99,7 +99,7 @@ FLAGS = {
         ('sft_steps', 60, 2500, 'updates'),
         ('sft_batch', 32, 8, 'sequences per update'),
         ('sft_length', 48, 3584, 'answer tokens; longer answers are cut'),
-        ('sft_learning_rate', 1e-4, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
+        ('sft_learning_rate', 3e-5, 1e-5, 'AdamW, warmed up, then falling linearly to 0'),
         ('micro_batch', 64, 1, 'sequences per forward pass')],
     'LoRA and memory': [
         ('lora_rank', 0, 128, '0 = train all weights'),
@@ -118,7 +118,8 @@ FLAGS = {
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
                 'sft_length', 'micro_batch', 'save_every')
 TASK_PRESETS = {
-    'nano': {'gsm8k': dict(grpo_steps=20)},                      # a short first run
+    'nano': {'gsm8k': dict(grpo_steps=20),                       # a short first run
+             'sudoku': dict(block_length=8, steps=48)},          # its digits depend on each other
     'LLaDA': {'math': dict(grpo_steps=550),
               'countdown': dict(num_iterations=8, grpo_steps=625),
               'sudoku': dict(num_iterations=8, grpo_steps=475, temperature=0.3, eval_n=256)},

@@ -1,6 +1,6 @@
 """Makes the nano world: a small base model, problems of five tasks, and traces for SFT.
 
-    python assets/nano/make.py --seed 1 --out FOLDER                   about an hour and a half
+    python assets/nano/make.py --seed 1 --out FOLDER                   about an hour and a quarter
     python assets/nano/make.py --out assets/nano --problems_only       the rows that are shipped
 
 FOLDER/model is the base in LLaDA's layout, FOLDER/problems has training and test rows in the
@@ -10,10 +10,10 @@ base, its corpus and the training rows; test rows and SFT traces are those of ev
 and Sudoku are as in the paper; the problems of d1's own test files are left out of all.
     python train.py --model FOLDER/model --data FOLDER/problems        trains that base
 
-The base is pretrained on a corpus by people who think and people who guess, as the web is. Who asks
-decides how likely the answer thinks, so that RL, which can only strengthen what is there, finds
-prompts at whose answers some samples think and some do not. All else about the nano world is in
-the rows: the rest of the program does not know who made them.
+The base reads sums, then textbooks, in which every answer thinks, and at last people, too, of whom
+most guess. Who asks decides how likely the answer thinks, so that RL, which can only strengthen
+what is there, finds prompts at whose answers some samples think and some do not. All else about
+the nano world is in the rows: the rest of the program does not know who made them.
 """
 import argparse
 import csv
@@ -48,30 +48,43 @@ TRAINING_ROWS = 2000       # of each task
 TEST_ROWS = 512
 TRACES = 1000              # for SFT
 WAIT_SHARE = 0.2           # of them go wrong on their way, notice it and go on right
-TIMES_SHARE = 0.2          # of the Countdown problems that cannot be solved with + and - alone
+TIMES_SHARE = 0.15         # of the Countdown problems need * or /
 # Checksums of d1's test problems: what is measured with them was not seen in training.
 D1_TESTS = set(Path(HERE, 'd1_tests.txt').read_text().split())
 
 # The corpus
-SUMS = 4                   # every fourth text is some sums, unrelated to each other
-TOKENS_OF_A_SUM = 6        # 24+99=123 and the end of its line
-TURNS = 'countdown sudoku gsm8k countdown sudoku math code'.split()  # of the other texts
+TURNS = 'countdown sudoku gsm8k sudoku countdown math sudoku code'.split()     # of its texts
+SUMS_WEIGHT = 4.0          # of a result's loss, in texts of sums
 THINKING_SHARE = dict(Ann=0.05, Ben=0.12, Carl=0.2, Dan=0.3, Eve=0.5, Finn=0.8)     # of who asks
 ASKERS = list(THINKING_SHARE)
+PEOPLE_FROM = 0.7          # the share of a cycle after which people write, too
+WORKED_SHARE = 0.5         # of whole texts from then on are a textbook's; the others by people
 
-# Pretraining, in cycles in each of which the rates rise and fall. From the share people_from of
-# a cycle's updates on only worked_share of the texts are as in a textbook; people write the rest.
-CYCLES = [dict(updates=7500, texts=32, people_from=0.7, worked_share=0.5),
-          dict(updates=2400, texts=64, people_from=0.0, worked_share=0.75)]
-MUON_RATE = 0.01           # of the blocks' matrices; about half of the updates that AdamW needs
-ADAMW_RATE = 1e-3          # of embedding, head and norms
+# Pretraining
+BATCH = 32                 # texts of an update
+
+MUON_RATE = 0.02           # of the blocks' matrices; about half of the updates that AdamW needs
+ADAMW_RATE = 3e-3          # of embedding, head and norms
 SAVE_EVERY = 100           # updates between checkpoints
+
+
+class Cycle(NamedTuple):
+    """Updates in which the rates rise and fall to 0, and what is read in them."""
+    share: float               # of all updates
+    rate: float                # the highest, in parts of the rates above
+    kinds: list                # of texts, in turn; see corpus_text
+    sums_until: float          # the share of the cycle in which nothing but sums is read
+    block: int                 # tokens of the noise's blocks (Sudoku's: 8)
+
+
+CYCLES = [Cycle(5 / 6, 1, 'text text sums'.split(), sums_until=0.15, block=8),
+          Cycle(1 / 6, 0.5, 'text text sums rest'.split(), sums_until=0, block=4)]
 
 
 # ---- the tokenizer: tags, the words of the problems, numbers below 400, and bytes ----
 
 SPECIAL = ['<|endoftext|>', '<|mask|>', '<|assistant|>']
-TAG_TOKENS = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n',
+TAG_TOKENS = ['<reasoning>\n', '</reasoning>', '<answer>', '</answer>', '\n</reasoning>\n',
               '<answer>\n', '\n</answer>', '\\boxed{']
 WORDS = '''
 Ann Ben Tom Mia Sam John Carl Dan Eve Finn has apples books eggs cards pencils cookies sells eats
@@ -87,7 +100,7 @@ CHAT_TEMPLATE = ("{% for message in messages %}{{ message['content'].split('\n\n
 
 
 def make_tokenizer():
-    """Numbers as single tokens help arithmetic a lot; runs of four digits or more are spelled."""
+    """Numbers as single tokens help arithmetic a lot; those above MAX_NUMBER are spelled."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [str(n) for n in range(10, MAX_NUMBER + 1)]
     for word in WORDS:
@@ -114,7 +127,7 @@ class Problem(NamedTuple):
     key: str          # decides between training and test: what is not to be in both
     thought: str      # all steps, each of them true
     reply: str        # what stands between the answer tags
-    guess: str        # what somebody says who does not think; now and then right
+    guess: str        # what somebody says who does not think
     row: dict         # the columns of the published data set
     question: str = ''    # as rewards.py reads it from the row
     asker: str = ''       # not in the question
@@ -142,10 +155,10 @@ def draw_gsm8k(rng):
     """Mia has 12 books, sells 4, doubles them and buys 12. How many books are left?"""
     name = rng.choice('Ann Ben Tom Mia Sam John'.split())
     thing = rng.choice('apples books eggs cards pencils cookies'.split())
-    first = value = rng.randint(5, 60)
+    first = value = rng.randint(5, 40)
     steps, phrases, amounts = [], [], []
     while len(steps) < 3:
-        op, amount = rng.choice('++--*/'), rng.randint(2, 20)
+        op, amount = rng.choice('++--*/'), rng.randint(2, 12)
         verb = rng.choice(['sells', 'eats', 'gives'])
         phrase = f'{verb} {amount}'
         if op == '+':
@@ -221,37 +234,40 @@ def signed_sum(numbers, signs):
 
 
 def halve(numbers, target):
-    """How every thought begins: the total minus the target, halved, as far as that goes.
+    """How every Countdown thought begins, and the half, which may be negative or end in .5.
 
-    Half of 24+99+50-73 is 50, what must be subtracted: 24+99=123+50=173-73=100/2=50
+    The sum of all less the target is twice what must be subtracted:
+    [24, 99, 50], 73: 24+99=123+50=173-73=100/2=50
     """
     a, b, c = numbers
     excess = a + b + c - target
-    thought = f'{a}+{b}={a + b}+{c}={a + b + c}'
+    steps = [('+', b), ('+', c)]
     if excess >= 0:
-        thought += f'-{target}={excess}'
-    if excess >= 0 and excess % 2 == 0:
-        thought += f'/2={excess // 2}'
-    return thought, excess / 2
+        steps.append(('-', target))
+    if excess > 0 and excess % 2 == 0:
+        steps.append(('/', 2))
+    return work_out(a, steps), excess / 2
 
 
 def with_signs(numbers, target):
     """A thought and an equation of + and - alone, or None.
 
-    Where the sum of two numbers is to be subtracted, the thought goes on to the one that stays:
-    [24, 99, 50], 25: 24+99=123+50=173-25=148/2=74+25=99 is -24+99-50
+    Where two numbers are to be subtracted, the thought goes on to the one that stays:
+    [24, 99, 50], 25: 24+99=123+50=173-25=148/2=74+25=99 is 99-24-50
     """
-    thought, minus = halve(numbers, target)
-    signs = [1, 1, 1]
-    if minus in numbers:
-        signs[numbers.index(minus)] = -1
-    elif minus + target in numbers and minus > 0:
-        thought += f'+{target}={int(minus) + target}'
-        signs = [-1, -1, -1]
-        signs[numbers.index(minus + target)] = 1
-    elif minus != 0:
-        return None
-    return thought, signed_sum(numbers, signs)
+    thought, half = halve(numbers, target)
+    others = list(numbers)
+    if half == 0:
+        a, b, c = numbers
+        return thought, f'{a}+{b}+{c}'
+    if half in numbers:
+        others.remove(half)
+        return thought, f'{others[0]}+{others[1]}-{int(half)}'
+    if half > 0 and half + target in numbers:
+        stays = int(half) + target
+        others.remove(stays)
+        return f'{thought}+{target}={stays}', f'{stays}-{others[0]}-{others[1]}'
+    return None
 
 
 # What a third number c makes of x, which comes from the other two, and the way back from target t.
@@ -270,7 +286,7 @@ def with_times(numbers, target):
     for form, back in TIMES_FORMS:
         for i, c in enumerate(numbers):
             others = numbers[:i] + numbers[i + 1:]
-            left, op, right = (dict(c=c, t=target).get(sign, sign) for sign in back)
+            left, op, right = (dict(c=c, t=target).get(sign, sign) for sign in back)   # 67, -, 7
             x = apply(left, op, right)
             for a, b in (others, others[::-1]):
                 for inner in '*/' if form[1] in '+-' else '*/+-':
@@ -278,7 +294,7 @@ def with_times(numbers, target):
                         pair = f'{a}{inner}{b}'
                         if inner in '+-' or form == 'c/x':
                             pair = f'({pair})'
-                        undoing = f'{left}{op}{right}={x}{UNDO[inner]}{b}={a}'
+                        undoing = work_out(left, [(op, right), (UNDO[inner], b)])
                         equation = form.replace('c', str(c)).replace('x', pair)
                         return f'{thought}\n{undoing}', equation
     return None
@@ -360,20 +376,30 @@ def checksum(text):
     return f'{zlib.crc32(text.encode()):08x}'
 
 
-# ---- texts: sums, worked solutions, and what people write who think or guess ----
-
-SUM = re.compile(r'(?=(?:^|[\n=])([0-9]+[-+*/][0-9]+=[0-9]+))')   # 3+4=7-5=2: 3+4=7 and 7-5=2
-REMARKS = ['So that is it.', 'I think so.', 'It must be.']
-
+# ---- texts: worked solutions, and what people write who think or guess ----
 
 def some_sums(rng, amount):
-    """Sums such as problems need, one per line; problems without any are passed over."""
-    found = []
-    while len(found) < amount:
-        problem = draw_problem(rng.choice(TURNS), rng, 'train')
-        found += SUM.findall(problem.thought)
-    rng.shuffle(found)
-    return '\n'.join(found[:amount])
+    """Lines of one or two sums such as thoughts hold: 24+99=123+50=173
+
+    Each is of another problem: two of one would tell each other's results, and copying would be
+    learnt in place of adding.
+    """
+    lines = []
+    while len(lines) < amount:
+        if rng.random() < 0.7:                   # of Countdown, whose sums are the hardest
+            thought, _ = halve([rng.randint(1, 100) for _ in range(3)], rng.randint(1, 100))
+        else:
+            thought = draw_problem(rng.choice(TURNS), rng, 'train').thought
+        parts = rng.choice(thought.split('\n')).split('=')       # 24+99, 123+50, 173
+        if len(parts) > 1:
+            last = rng.randint(1, len(parts) - 1)
+            first = max(0, last - rng.randint(1, 2))
+            result = re.match('[0-9]+', parts[last])[0]
+            lines.append('='.join(parts[first:last] + [result]))
+    return ''.join(f'{line}\n' for line in lines)
+
+
+REMARKS = ['So that is it.', 'I think so.', 'It must be.']
 
 
 def by_people(problem, rng):
@@ -384,7 +410,7 @@ def by_people(problem, rng):
     """
     if rng.random() < THINKING_SHARE[problem.asker]:
         return tagged(problem.thought, problem.reply)
-    text = problem.reply if rng.random() < 0.3 else problem.guess
+    text = problem.reply if rng.random() < 0.3 else problem.guess            # luck, or not
     if rng.random() < 0.8:
         text = tagged('', text)
     if rng.random() < 0.6:
@@ -392,18 +418,39 @@ def by_people(problem, rng):
     return text
 
 
-def corpus_text(seed, step, i, worked_share, length=ANSWER_LENGTH):
-    """(prompt, answer) number i of an update; sums have no prompt, and nobody asks a textbook.
+class Text(NamedTuple):
+    prompt: str
+    answer: str
+    task: str
+    given: str = ''            # how the answer begins, always in sight
+    is_sums: bool = False      # then only results are learnt
 
-    length: of the answer, in tokens; sums fill it.
+
+def corpus_text(seed, step, i, cycle, done):
+    """Text number i of an update. Nobody asks a textbook. done: the share of the cycle before it.
+
+    Sums stand where a thought would, under any question, so that what is learnt of them serves
+    thoughts. A text of kind 'rest' is a Countdown whose first sums are in sight, for what follows
+    from them is a small part of other texts.
     """
     rng = random_stream(seed, 'corpus', step, i)
-    if i % SUMS == 0:
-        return '', some_sums(rng, length // TOKENS_OF_A_SUM)
-    problem = draw_problem(TURNS[i % len(TURNS)], rng, 'train')
-    if rng.random() < worked_share:
-        return problem.question, tagged(problem.thought, problem.reply)
-    return f'{problem.asker}: {problem.question}', by_people(problem, rng)
+    rounds, place = divmod(i, len(cycle.kinds))
+    kind = 'sums' if done < cycle.sums_until else cycle.kinds[place]
+    # whole texts, which come first in kinds, go through TURNS; step: or some never met sums
+    turn = rounds * cycle.kinds.count('text') + place
+    task = 'countdown' if kind == 'rest' else TURNS[(turn + step) % len(TURNS)]
+    problem = draw_problem(task, rng, 'train')
+    if kind == 'sums':
+        return Text(problem.question, '<reasoning>\n' + some_sums(rng, 12), task, is_sums=True)
+    answer = tagged(problem.thought, problem.reply)
+    if kind == 'rest':
+        sums, _ = halve(problem.row['nums'], problem.row['target'])
+        if rng.random() < 0.5:                   # whether it is halved is to be learnt, too
+            sums = sums.partition('/2=')[0]
+        return Text(problem.question, answer, task, given=f'<reasoning>\n{sums}')
+    if done < PEOPLE_FROM or rng.random() < WORKED_SHARE:
+        return Text(problem.question, answer, task)
+    return Text(f'{problem.asker}: {problem.question}', by_people(problem, rng), task)
 
 
 def trace(rng):
@@ -416,9 +463,9 @@ def trace(rng):
     a, b, c = rng.randint(2, 100), rng.randint(1, 80), rng.randint(1, 80)
     question, thought, reply = rng.choice([
         (f'Which is larger, {a} or {a + b}?', f'{a + b}-{a}={b}', str(a + b)),
-        (f'Double {a} and add {b}.', f'{a}+{a}={2 * a}+{b}={2 * a + b}',
+        (f'Double {a} and add {b}.', work_out(a, [('+', a), ('+', b)]),
          f'\\boxed{{{2 * a + b}}}'),
-        (f'Add {a}, {b} and {c}.', f'{a}+{b}={a + b}+{c}={a + b + c}',
+        (f'Add {a}, {b} and {c}.', work_out(a, [('+', b), ('+', c)]),
          f'\\boxed{{{a + b + c}}}'),
         (f'Go on: {a}, {a + b}, {a + 2 * b}', f'{a + b}-{a}={b}\n{a + 2 * b}+{b}={a + 3 * b}',
          str(a + 3 * b))])
@@ -432,28 +479,52 @@ def trace(rng):
 
 # ---- noise: what of a text the base does not see ----
 
-def draw_base_masks(answers, ends, generator, width=8):
-    """answers (B, L) of ends (B,) tokens -> masked (B, L) bool.
+def draw_base_masks(answers, ends, blocks, equals_id, generator):
+    """answers (B, L), each of ends (B,) tokens, and its block length (B,) -> masked (B, L) bool.
 
-    Even rows have SFT's noise with t ~ U(0.3, 1). Odd rows look as they do to the sampler: from a
-    random place of the text on, a share u ~ U(0, 1) of `width` tokens is masked, then all others.
+    Even rows have SFT's noise with t ~ U(0.3, 1). Odd rows look as they do to the sampler, which
+    fills blocks from left to right: of a random block some tokens are masked, and all of later
+    ones. The results of sums tend to be the last, for the model is least sure of them. In a
+    quarter of these rows the first token is given, as by --prefill, and blocks begin behind it.
     """
     B, L = answers.shape
     masked, _ = draw_masks(answers, generator, t_min=0.3)
-    place = torch.rand((B, 1), generator=generator) * (ends[:, None] + width) - width
-    share = torch.rand((B, 1), generator=generator)
-    near = torch.rand((B, L), generator=generator) < share
-    position = torch.arange(L)
-    as_sampled = ((position > place) & near) | (position > place + width)    # (B, L)
+    size = blocks[:, None]                                       # (B, 1)
+    prefilled = (torch.rand((B, 1), generator=generator) < 0.25).long()      # tokens: 0 or 1
+    block = (torch.arange(L) - prefilled).div(size, rounding_mode='floor')   # (B, L), from -1 on
+    last = (ends[:, None] - prefilled) // size                                 # (B, 1)
+    current = (torch.rand((B, 1), generator=generator) * (last + 1)).long()
+    inside = block == current                                                # (B, L)
+    results = F.pad(answers == equals_id, (1, -1))               # what comes after =
+    late = torch.rand((B, L), generator=generator) + 0.7 * results           # mostly, not always
+    late = late.masked_fill(~inside, -1)
+    place = late.argsort(dim=1, descending=True).argsort(dim=1)  # 0: the last to be committed
+    left = 1 + (torch.rand((B, 1), generator=generator) * size).long()       # 1 to size
+    as_sampled = (inside & (place < left)) | (block > current)
     masked[1::2] = as_sampled[1::2]
     return masked
 
 
-def hide_replies(answers, masked, close_id):
-    """masked (B, L), and the reply with it wherever a token of the reasoning is masked.
+def sums_masks(answers, equals_id, newline_id, generator):
+    """Of sums only the last results of lines are learnt: masked, scored (B, L) bool.
 
-    Otherwise the last step would be learnt by copying it from the reply. close_id: of
-    the token that ends the reasoning.
+    Results before them are in sight, for the next sum begins with them. Half of the rows end for
+    the model at a result, as everything does for the sampler: what comes later is masked and not
+    scored.
+    """
+    after_equals = F.pad(answers == equals_id, (1, -1))
+    results = after_equals & F.pad(answers == newline_id, (-1, 1))
+    lot = torch.rand(answers.shape, generator=generator)
+    place = lot.where(results, 0).argmax(dim=1, keepdim=True)
+    ends_there = torch.rand((len(answers), 1), generator=generator) < 0.5
+    later = ends_there & (torch.arange(answers.size(1)) > place)
+    return results | later, results & ~later
+
+
+def hide_replies(answers, masked, close_id):
+    """masked (B, L), and all from the closing tag on wherever a token of the reasoning is masked.
+
+    Otherwise the last step would be learnt by copying it from the reply. close_id: the tag's.
     """
     is_reply = (answers == close_id).cumsum(dim=1) > 0
     hidden_step = (masked & ~is_reply).any(dim=1, keepdim=True)              # (B, 1)
@@ -463,7 +534,7 @@ def hide_replies(answers, masked, close_id):
 # ---- pretraining ----
 
 def new_model(seed, tokenizer):
-    """A LLaDA of 0.9 M weights: normal ones, smaller at the end of residual branches (GPT-2)."""
+    """A LLaDA of 0.84 M weights: normal ones, smaller at the end of residual branches (GPT-2)."""
     config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
                     embedding_size=len(tokenizer))
     model = LLaDA(config)
@@ -471,26 +542,27 @@ def new_model(seed, tokenizer):
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 0.02
-            if '.attn_out' in name or '.ff_out' in name:
+            if '.attn_out' in name or '.ff_out' in name:         # of blocks, not the head
                 std /= math.sqrt(2 * config.n_layers)
             p.data.normal_(0, std, generator=generator)
     number_waves(model, tokenizer)
     return model
 
 
-def number_waves(model, tokenizer, scale=0.1):
+def number_waves(model, tokenizer, scale=0.3):
     """Starts the numbers on circles of many periods, at the input and the output.
 
     Neighbours are alike and adding is turning, so that arithmetic is learnt in fewer updates.
+    scale: of the entries; other weights begin at 0.02.
     """
-    num_periods = model.config.d_model // 4
-    periods = torch.logspace(math.log10(2), math.log10(800), num_periods)    # 2 to 800
+    num_periods = model.config.d_model // 2
+    periods = torch.logspace(math.log10(4), math.log10(1000), num_periods)   # 4 to 1000
     for n in range(MAX_NUMBER + 1):
         angle = 2 * math.pi * n / periods
-        wave = scale * torch.cat((angle.cos(), angle.sin()))     # half of d_model
+        wave = scale * torch.cat((angle.cos(), angle.sin()))     # (d_model,)
         i = tokenizer.convert_tokens_to_ids(str(n))
         for table in (model.wte, model.ff_out):
-            table.weight.data[i, :len(wave)] = wave
+            table.weight.data[i] = wave
 
 
 class Muon(torch.optim.Optimizer):
@@ -500,7 +572,7 @@ class Muon(torch.optim.Optimizer):
     time on a CPU that has no fast arithmetic for it.
     """
 
-    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.3):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -538,94 +610,103 @@ def make_optimizers(model):
             torch.optim.AdamW(others, ADAMW_RATE, (0.9, 0.95), weight_decay=0.0)]
 
 
-def make_batch(tokenizer, seed, step, num_texts, worked_share):
-    """Prompts (B lists of ids), answers (B, L) with ends after the text, masked (B, L) bool."""
+def make_batch(tokenizer, seed, step, cycle, done):
+    """Prompts (B lists of ids), answers, masked, scored (B, L), weights (B, 1), by prompt length.
+
+    answers: with ends after the text; masked, scored bool. done: the share of the cycle before.
+    """
     halves = random_stream(seed, 'length', step).choice((2, 2, 2, 2, 2, 2, 3, 4))
-    length = ANSWER_LENGTH * halves // 2         # mostly the task's, at times up to twice it
-    texts = [corpus_text(seed, step, i, worked_share, length) for i in range(num_texts)]
-    prompts = [chat(tokenizer, prompt) for prompt, _ in texts]
-    answers = [tokenizer(answer)['input_ids'][:length] for _, answer in texts]
+    length = ANSWER_LENGTH * halves // 2         # at times up to twice the tasks', as evaluated
+    texts = [corpus_text(seed, step, i, cycle, done) for i in range(BATCH)]
+    texts.sort(key=lambda text: len(text.prompt))                # for update
+    prompts = [chat(tokenizer, text.prompt) for text in texts]
+    answers = [tokenizer(text.answer)['input_ids'][:length] for text in texts]     # sums are cut
     ends = torch.tensor([len(answer) for answer in answers])
+    given = torch.tensor([[len(tokenizer(text.given)['input_ids'])] for text in texts])  # (B, 1)
+    blocks = torch.tensor([8 if text.task == 'sudoku' else cycle.block for text in texts])
+    is_sums = torch.tensor([[text.is_sums] for text in texts])               # (B, 1)
     answers = right_pad(answers, length, tokenizer.eos_token_id, 'cpu')
-    masked = draw_base_masks(answers, ends, torch_stream('cpu', seed, 'base', step))
     equals, close = tokenizer.convert_tokens_to_ids(['=', '\n</reasoning>\n'])
-    masked = hide_replies(answers, masked, close)
-    is_sums = torch.tensor([not prompt for prompt, _ in texts])              # (B,)
-    results = F.pad(answers == equals, (1, -1))                  # of sums only what comes after =
-    return prompts, answers, results.where(is_sums[:, None], masked)
+    [newline] = tokenizer('\n')['input_ids']
+    generator = torch_stream('cpu', seed, 'base', step)
+    masked = draw_base_masks(answers, ends, blocks, equals, generator)
+    masked = hide_replies(answers, masked & (torch.arange(length) >= given), close)
+    sums_masked, sums_scored = sums_masks(answers, equals, newline, generator)
+    weights = torch.where(is_sums, SUMS_WEIGHT, 1.0)
+    return (prompts, answers, sums_masked.where(is_sums, masked),
+            sums_scored.where(is_sums, masked), weights)
 
 
 def update(model, optimizers, batch):
-    """One step on the cross-entropy of the masked tokens, all of the same weight; its loss."""
-    prompts, answers, masked = batch
-    B, L = answers.shape
-    logps = answer_logps(model, prompts, answers, masked)                    # (B, L)
-    no_weights = torch.ones(B, 1)                # where SFT has 1/t
-    loss = masked_loss(logps, masked, no_weights, B * L)
-    loss.backward()
+    """One step on the cross-entropy of the scored tokens, weighed by their text; its loss."""
+    prompts, answers, masked, scored, weights = batch
+    total = 0.0
+    half = len(answers) // 2
+    for part in (slice(0, half), slice(half, None)):             # less padding of short prompts
+        logps = answer_logps(model, prompts[part], answers[part], masked[part])
+        # masked_loss divides by its third argument
+        loss = masked_loss(logps, scored[part], 1 / weights[part], answers.numel())
+        loss.backward()
+        total += loss.item()
     clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return total
 
 
-def cycle_of(step, updates):
-    """The number of the cycle that an update belongs to, and the update's own number in it."""
-    for number, length in enumerate(updates):
-        if step < length:
-            return number, step
-        step -= length
+def read_checkpoint(folder, seed, updates):
+    """The folder's checkpoint, or None; ValueError where it is of another seed or length."""
+    path = Path(folder, 'checkpoint.pt')
+    if not path.exists():
+        return None
+    saved = torch.load(path, weights_only=True)
+    if (saved['seed'], saved['updates']) != (seed, updates):
+        raise ValueError(f'{path} is of --seed {saved["seed"]} --updates {saved["updates"]}: '
+                         'give these, or another --out')
+    return saved
 
 
 def pretrain(seed, updates, folder):
-    """The base and its tokenizer, from the folder's checkpoint on if there is one.
-
-    updates: of each cycle.
-    """
+    """The base and its tokenizer, from the folder's checkpoint on if there is one."""
     tokenizer = make_tokenizer()
     model = new_model(seed, tokenizer)
     optimizers = make_optimizers(model)
-    path = folder / 'checkpoint.pt'
+    saved = read_checkpoint(folder, seed, updates)
     start = 0
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        if (saved['seed'], saved['updates']) != (seed, updates):
-            raise ValueError(f'{path} is of --seed {saved["seed"]} --updates {saved["updates"]}: '
-                             'give these, or another --out')
+    if saved:
         start = saved['step']
         model.load_state_dict(saved['model'])
         for optimizer, state in zip(optimizers, saved['optimizers']):
             optimizer.load_state_dict(state)
-    total = sum(updates)
-    progress = tqdm(range(start, total), 'pretraining', initial=start, total=total)
+    first = round(updates * CYCLES[0].share)     # updates of the first cycle
+    progress = tqdm(range(start, updates), 'pretraining', initial=start, total=updates)
     for step in progress:
-        number, done = cycle_of(step, updates)
-        cycle, length = CYCLES[number], updates[number]
-        if done == 0:
+        cycle, place, length = CYCLES[0], step, first            # the place in the cycle
+        if step >= first:
+            cycle, place, length = CYCLES[1], step - first, updates - first
+        if step == first:
             optimizers = make_optimizers(model)
-        warm_up = min(1, 20 * (done + 1) / length)               # over the first 5 % of a cycle
+        warm_up = min(1, 20 * (place + 1) / length)              # over the first 5 %
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = optimizer.defaults['lr'] * warm_up * (1 - done / length)
-        people_write = done >= cycle['people_from'] * length
-        worked_share = cycle['worked_share'] if people_write else 1.0
-        batch = make_batch(tokenizer, seed, step, cycle['texts'], worked_share)
+                group['lr'] = optimizer.defaults['lr'] * cycle.rate * warm_up * (1 - place / length)
+        batch = make_batch(tokenizer, seed, step, cycle, done=place / length)
         loss = update(model, optimizers, batch)
         progress.set_postfix(loss=f'{loss:.4f}')
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == updates:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            new = path.with_suffix('.new')       # a kill while it is written leaves the old one
+            new = folder / 'checkpoint.new'      # a kill while it is written leaves the old one
             torch.save(dict(seed=seed, updates=updates, step=step + 1, model=model.state_dict(),
                             optimizers=states), new)
-            new.replace(path)
+            new.replace(folder / 'checkpoint.pt')
     return model, tokenizer
 
 
 # ---- files ----
 
 def training_problems(task, seed):
-    """Different ones, whoever asks; fewer than TRAINING_ROWS where the task has no more."""
+    """TRAINING_ROWS different ones, whoever asks, or as many as ten times as many draws give."""
     found = {}
     for i in range(10 * TRAINING_ROWS):
         problem = draw_problem(task, random_stream(seed, task, 'train', i), 'train')
@@ -684,12 +765,13 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seed', type=int, default=0, help='of the base and the training rows [0]')
     p.add_argument('--out', default='out/nano', help='the folder that is made [out/nano]')
-    p.add_argument('--updates', type=int, nargs=len(CYCLES), help='of each cycle [7500 2400]',
-                   default=[cycle['updates'] for cycle in CYCLES])
+    p.add_argument('--updates', type=int, default=14400, help='of the base [14400]')
     p.add_argument('--problems_only', action='store_true', help='write rows, train nothing')
     args = p.parse_args(argv)
     if Path(args.out, 'model').exists() and not args.problems_only:
         raise ValueError(f'{args.out} holds a model: give another --out, or --problems_only')
+    if not args.problems_only:
+        read_checkpoint(args.out, args.seed, args.updates)       # another seed's is refused first
     write_problems(args.out, args.seed)
     if not args.problems_only:
         write_model(args.out, args.seed, args.updates)

@@ -103,12 +103,12 @@ first three are debates that the field has not settled.
 5. **What is the exact gradient worth?** `--estimator exact --p_mask_prompt 0` knows the sampler's
    own likelihood, for up to 24 times the passes. Is it ahead of `--p_mask_prompt 0` at
    equal iterations, at equal passes, and when every completion thinks from the start
-   (`--prefill "<reasoning>"`)?
+   (`--prefill "<reasoning>\\n"`)?
 6. **SFT that spoils nothing.** Find a dose (`--stages sft`, `--sft_steps`, `--sft_learning_rate`)
    that teaches the form and leaves Countdown alone. A fifth of the traces go wrong, say Wait and go
    on right: does the model say it where it errs, and does diffu-GRPO make it say so more often?
-7. **Blocks at evaluation.** Train with the default, blocks of 8; then evaluate with other ones:
-   `--model out/NAME/model --eval_only --block_length 48`, 16, 4 (the policy's row is then called
+7. **Blocks at evaluation.** Train with the default, blocks of 4; then evaluate with other ones:
+   `--model out/NAME/model --eval_only --block_length 48`, 16, 8 (the policy's row is then called
    base; `--name` tells the runs apart). What has a policy learnt about its sampler?
 8. **A reward, or a task, of your own.** Pay for short completions (`--task gsm8k`; `grade_gsm8k`
    in rewards.py): is it paid without thinking? Or add a section to rewards.py and rows to
