@@ -38,19 +38,18 @@ TASKS = ['gsm8k', 'math', 'countdown', 'sudoku', 'code']
 GAMES = dict(countdown='countdown_cd3_test.jsonl', sudoku='4x4_test_sudoku.csv')     # d1's files
 ASKERS = '--askers Ann,Ben,Carl,Dan,Eve,Finn'
 ALL = ','.join(TASKS)
-THINK = '--prefill <reasoning>'
+NOBODY = '--askers nobody'                        # then a base always thinks
 # kind -> (tasks of one run each, the model that it starts from, flags of train.py)
 KINDS = {
-    'published': (list(GAMES), 'base', '--eval_only'),           # asked by nobody, as in d1's files
-    'made': (list(GAMES), 'base', f'--eval_only {ASKERS} {THINK}'),      # all completions think
-    'sft': ([ALL], 'base', f'--stages sft {ASKERS}'),
+    'nobody': (TASKS, 'base', f'--eval_only {NOBODY}'),          # as in d1's files
+    'sft': ([ALL], 'base', f'--stages sft --eval_lengths 48 {ASKERS}'),
     'grpo': (TASKS, 'base', f'--stages grpo {ASKERS}'),
     'd1': (TASKS, 'sft', f'--stages grpo {ASKERS}'),
     'all-grpo': ([ALL], 'base', f'--stages grpo --grpo_steps 100 {ASKERS}'),
     'all-d1': ([ALL], 'sft', f'--stages grpo --grpo_steps 100 {ASKERS}'),
 }
 # Only skill is left to learn where every completion thinks from the start.
-LONG = f'--stages grpo --grpo_steps 200 --eval_every 50 --eval_lengths 48 {ASKERS} {THINK}'
+LONG = f'--stages grpo --grpo_steps 200 --eval_every 50 --eval_lengths 48 {NOBODY}'
 SKILL = {'one_step': '', 'one_step-pmask0': '--p_mask_prompt 0',
          'stepmerge4': '--estimator stepmerge --num_views 4 --p_mask_prompt 0',
          'stepmerge8': '--estimator stepmerge --num_views 8 --p_mask_prompt 0',
@@ -143,21 +142,6 @@ def done_cells(args):
     return [(row['base'], row['kind'], row['tasks']) for row in rows_of(args.results)]
 
 
-def known_scores(args, base, kind, tasks):
-    """What the model that a cell starts from has scored in the cell 'made' or 'sft', or {}."""
-    _, start, flags = KINDS[kind]
-    source, stage = ('sft', start)
-    if THINK in flags:
-        source, stage = 'made', 'base'
-    known = {}
-    for row in rows_of(args.results):
-        if (row['base'], row['kind']) == (base, source):
-            known |= row['results'][stage]
-    if not set(tasks.split(',')) <= set(known):
-        return {}
-    return {task: known[task] for task in tasks.split(',')}
-
-
 def run_cell(args, base, kind, tasks):
     """Runs train.py for one cell, or goes on with it, and appends its JSON line."""
     _, start, flags = KINDS[kind]
@@ -169,12 +153,6 @@ def run_cell(args, base, kind, tasks):
              f'{flags} {args.flags}').split()
     folder = cell_folder(args, base, kind, tasks)
     resume = ['--resume'] if folder.exists() else []
-    if not folder.exists() and '--stages grpo' in ' '.join(flags):
-        scores = known_scores(args, base, kind, tasks)
-        if scores:                               # the run adds what it evaluates itself
-            folder.mkdir(parents=True)
-            (folder / 'results.json').write_text(json.dumps(dict(base=scores)))
-            resume = ['--resume']
     began = time.time()
     python('train.py', *flags, '--name', folder.name, '--out', args.out, *resume)
     seconds = time.time() - began
@@ -202,13 +180,13 @@ def run_cell(args, base, kind, tasks):
 # ---- pass@k: whether samples ever hold the right answer ----
 
 def samples(args, base, task, num_problems, k=8):
-    """Samples of the base made to think, in any order and left to right; a line of passk.jsonl."""
+    """Samples of the base asked by nobody, in any order and left to right; for passk.jsonl."""
     model, data = base_and_data(args, base)
     model, tokenizer = load(str(model))
     line = dict(base=base, task=task, problems=num_problems, k=k)
     for order in ('any order', 'left to right'):
         settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
-                               f'--eval_n {num_problems} {THINK} {ASKERS}'.split())
+                               f'--eval_n {num_problems} {NOBODY}'.split())
         problems = train.load_test_sets(settings, tokenizer)[task]
         if order == 'left to right':             # a token per block and step
             settings.block_length, settings.steps = 1, settings.gen_length
@@ -461,17 +439,16 @@ def scores(rows, kind, stage, task, length, key='accuracy'):
 
 
 # a row of the paper's Table 1 -> (kind, stage) of cells
-TABLE_1 = {'one constant answer': ('sft', 'constant'), 'a rule, no model': ('sft', 'rule'),
-           'base, as published': ('published', 'base'), 'base, asked by people': ('sft', 'base'),
-           'base made to think': ('made', 'base'), '+ SFT': ('sft', 'sft'),
-           '+ diffu-GRPO': ('grpo', 'grpo'), 'd1': ('d1', 'grpo'),
+TABLE_1 = {'one constant answer': ('grpo', 'constant'), 'a rule, no model': ('grpo', 'rule'),
+           'base, asked by nobody': ('nobody', 'base'), 'base, asked by people': ('grpo', 'base'),
+           '+ SFT': ('d1', 'base'), '+ diffu-GRPO': ('grpo', 'grpo'), 'd1': ('d1', 'grpo'),
            'one diffu-GRPO for all': ('all-grpo', 'grpo'), 'one d1 for all': ('all-d1', 'grpo')}
 
 
 def table_1(rows, task, key='accuracy'):
     """Accuracy in % of every stage at each length; effective tokens and Waits beside it."""
     lengths = (24, 48, 96)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'sft'})
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
     print(f'\n{NAMES[task]}: {key} in %, mean (lowest to highest) over bases {bases}\n')
     print_head(['', *[f'{length} tokens' for length in lengths], 'effective tokens', 'Wait'])
     for label, column in TABLE_1.items():
@@ -498,7 +475,7 @@ def methods_table(rows):
 
 
 def skill_table(rows, passk):
-    print('\nCountdown made to think: accuracy in % after so many iterations\n')
+    print('\nCountdown asked by nobody: accuracy in % after so many iterations\n')
     print_head(['estimator', 0, 50, 100, 150, 200, 'seconds'])
     for name in SKILL:
         some = [row for row in rows if row['kind'] == f'skill-{name}']
@@ -674,7 +651,7 @@ def truth_figure(rows, folder):
 
 
 def methods_figure(rows, folder):
-    """Countdown after each change, from the base and from SFT, a dot per base; made to think."""
+    """Countdown after each change, from the base and from SFT, a dot per base; and skill."""
     figure, [ends, skill] = new_figure(2, 3.4)
     names = ['default', *METHODS]
     for start, default, colour, shift in (('base', 'grpo', COLOURS[0], -0.15),
@@ -709,7 +686,7 @@ def debates_figure(passk, parts, folder):
             tries.bar(j + 0.35 * i, middle, 0.32, color=COLOURS[i], ecolor=GREY,
                       yerr=[[below], [above]], label=order if j == 0 else None)
     tries.set_xticks([0.17, 1.17], ['pass@1', f"pass@{passk[0]['k']}"])
-    tries.set(ylabel='Countdown, base made to think, %', ylim=(0, 100))
+    tries.set(ylabel='Countdown, base, %', ylim=(0, 100))
     tries.legend(fontsize=7, loc='upper left')
     pairs = [('dependence', 'own', 'exact'), ('misfit', 'one_step', 'own'),
              ('prompt masks', 'd1', 'one_step')]
