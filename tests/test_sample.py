@@ -355,4 +355,4 @@ def test_the_script_shows_a_completion_of_the_newest_model(tmp_path, monkeypatch
     asked = shown('--task', 'sudoku', '--seed', '4', '--gen_length', '8')
     assert "('sudoku', 'nano', 'test') 1?" in asked
     dots = [line.count('.') for line in asked.splitlines() if line.startswith('   ')]
-    assert dots == [6, 4, 2, 0], 'masks are dots'
+    assert dots == [7, 6, 5, 4, 3, 2, 1, 0], 'masks are dots; Sudoku has a token per step'

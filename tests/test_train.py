@@ -711,7 +711,7 @@ def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
     _, tokenizer = load(base)
     prompt = tokenizer.decode(chat(tokenizer, 'How many?'))      # and no instructions
     assert shown('--model', base, '--prompt', 'How many?').startswith(f'{base}: {prompt}\n')
-    assert lengths == [(48, 8, 24), (256, 32, 128)]
+    assert lengths == [(48, 4, 24), (256, 32, 128)]
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--model', 'nowhere/nothing'])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
