@@ -103,7 +103,7 @@ first three are debates that the field has not settled.
 5. **What is the exact gradient worth?** `--estimator exact --p_mask_prompt 0` knows the sampler's
    own likelihood, for up to 24 times the passes. Is it ahead of `--p_mask_prompt 0` at
    equal iterations, at equal passes, and when every completion thinks from the start
-   (`--prefill "<reasoning>\\n"`)?
+   (`--askers nobody`)?
 6. **SFT that spoils nothing.** Find a dose (`--stages sft`, `--sft_steps`, `--sft_learning_rate`)
    that teaches the form and leaves Countdown alone. A fifth of the traces go wrong, say Wait and go
    on right: does the model say it where it errs, and does diffu-GRPO make it say so more often?
