@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -469,7 +470,7 @@ def methods_table(rows):
             kinds = ['grpo', 'd1']
         found = [row for row in rows if row['kind'] in kinds and row['tasks'] == 'countdown']
         if found:
-            seconds = mean([mean(row['curve']['seconds']) for row in found])
+            seconds = mean([median(row['curve']['seconds']) for row in found])
             print_row([name, *[spread(scores(rows, kind, 'grpo', 'countdown', 48))
                                for kind in kinds], f'{seconds:.2f}'])
 
