@@ -7,7 +7,8 @@ FOLDER/model is the base in LLaDA's layout, FOLDER/problems has training and tes
 columns of GSM8K, MATH, Countdown, Sudoku and MBPP, FOLDER/sft.jsonl has s1K's columns. Given again
 after it was killed, the same command goes on and ends in the same weights. The seed changes the
 base, its corpus and the training rows; test rows and SFT traces are those of every seed. Countdown
-and Sudoku are as in the paper; the problems of d1's own test files are left out of all.
+and Sudoku are as in the paper; the problems of d1's own test files are left out of all. The
+shipped base was made in two parts (assets/notebook.md): seed 0 in one go has other weights.
     python train.py --model FOLDER/model --data FOLDER/problems        trains that base
 
 The base reads sums, then textbooks, in which every answer thinks, and at last people, too, of whom
