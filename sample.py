@@ -281,14 +281,14 @@ def main():
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, 'cuda'
     for name in args.model or [newest_model()]:
-        defaults = train.defaults(name, args.task)
-        gen_length = args.gen_length or defaults['gen_length']
-        steps = gen_length * defaults['steps'] // defaults['gen_length']
+        defaults = argparse.Namespace(**train.defaults(name, args.task))
+        gen_length = args.gen_length or defaults.gen_length
+        steps = train.eval_steps(defaults, gen_length)
         model, tokenizer = load(name, dtype, device)
         prompt = chat(tokenizer, question)
         print(f'{name}: {tokenizer.decode(prompt)}')
         ids, commit_steps = generate(
-            model, torch.tensor([prompt], device=device), gen_length, defaults['block_length'],
+            model, torch.tensor([prompt], device=device), gen_length, defaults.block_length,
             steps, args.temperature, args.cfg_scale, threshold=args.threshold,
             generators=[torch.Generator(device).manual_seed(args.seed)])
         show(tokenizer, model.config, ids[0], commit_steps[0])
