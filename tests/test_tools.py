@@ -252,6 +252,25 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     experiments.parts_table([row])
     assert capsys.readouterr().out.endswith('| -3.0 | -2.0 | -4.0 | -8.0 | -14.0 |\n')
 
+    monkeypatch.setattr(experiments, 'NOISY', ('one_step, p_mask 0',))
+    args.noise = tmp_path / 'noise.jsonl'
+    experiments.gradient_noise(args, 0, 'gsm8k', 'base', num_groups=4)
+    [row] = experiments.rows_of(args.noise)
+    assert row['people']['groups'] == 4
+    assert abs(row['nobody']['exact']['cosine']) == pytest.approx(1, abs=1e-3)
+    experiments.noise_table([row])
+    assert '| people |' in capsys.readouterr().out
+
+
+def test_signal_is_told_from_noise():
+    """Noise of norm 2 on a signal of norm 1; the truth's signal is at 60 degrees from it."""
+    noise = 2 * torch.randn(2, 400, 1000, generator=torch.Generator().manual_seed(0)) / 1000 ** 0.5
+    signals = torch.zeros(2, 1000)
+    signals[0, 0], signals[1, :2] = 1, torch.tensor([0.5, 0.75 ** 0.5])
+    found = experiments.signal_and_noise(signals[0] + noise[0], signals[1] + noise[1])
+    assert abs(found['share'] - 1 / 5) < 3 * found['share_error'] < 0.05
+    assert abs(found['cosine'] - 1 / 2) < 3 * found['cosine_error'] < 0.15
+
 
 def test_what_the_places_of_rollouts_say_by_themselves():
     """A fair coin, then a token that is always the same, and in half of the rows another coin."""

@@ -180,14 +180,18 @@ def run_cell(args, base, kind, tasks):
 
 # ---- pass@k: whether samples ever hold the right answer ----
 
-def samples(args, base, task, num_problems, k=8):
-    """Samples of the base asked by nobody, in any order and left to right; for passk.jsonl."""
-    model, data = base_and_data(args, base)
-    model, tokenizer = load(str(model))
-    line = dict(base=base, task=task, problems=num_problems, k=k)
+def samples(args, base, task, stage, num_problems, k):
+    """Samples in any order and left to right of a model that thinks; for passk.jsonl.
+
+    The base is asked by nobody, the models after it by people, as they were trained.
+    """
+    folder, data = model_of_stage(args, base, task, stage)
+    model, tokenizer = load(str(folder))
+    line = dict(base=base, task=task, stage=stage, problems=num_problems, k=k)
     for order in ('any order', 'left to right'):
         settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
-                               f'--eval_n {num_problems} {NOBODY}'.split())
+                               f'--eval_n {num_problems} '
+                               f'{NOBODY if stage == "base" else ASKERS}'.split())
         problems = train.load_test_sets(settings, tokenizer)[task]
         if order == 'left to right':             # a token per block and step
             settings.block_length, settings.steps = 1, settings.gen_length
@@ -201,7 +205,7 @@ def samples(args, base, task, num_problems, k=8):
         right = torch.stack(right)                               # (problems, k)
         line[order] = dict(pass1=right.mean().item(), passk=right.amax(1).mean().item())
     append(args.passk, line)
-    print('pass@k', base, task, line, flush=True)
+    print('pass@k', base, task, stage, line, flush=True)
 
 
 # ---- the mean field against the exact likelihood ----
@@ -390,6 +394,65 @@ def own_places(ids, mask):
     return found - ((counts > 0).sum(1) - 1).clamp(min=0).sum().item() / (2 * len(ids))
 
 
+# ---- how much of a group's gradient is signal ----
+
+NOISY = ('one_step, p_mask 0.15', 'one_step, p_mask 0', 'stepmerge 8')
+
+
+def gradient_noise(args, base, task, stage, num_groups):
+    """The gradient noise scale (arXiv 1812.06162) of estimators and truth; for noise.jsonl.
+
+    A group's gradient is signal and noise. Of two groups E<g, h> = |signal|^2, of one E|g|^2 =
+    |signal|^2 + noise^2; `share` is the first over the second, and 1 / share groups have as much
+    signal as noise. `cosine`: of an estimator's signal with the exact one's. `_error`: jackknife.
+    """
+    folder, data = model_of_stage(args, base, task, stage)
+    model, tokenizer = load(str(folder))
+    line = dict(base=base, task=task, stage=stage)
+    for asked_by, flags in (('people', ASKERS), ('nobody', NOBODY)):
+        settings = train.parse(f'--task {task} --seed {2000 + base} --data {data} {flags}'.split())
+        groups = groups_with_a_gradient(settings, model, tokenizer, num_groups)
+        gradients = {name: [] for name in ('exact', *NOISY)}
+        for group in groups:
+            for name in gradients:
+                if name == 'exact':
+                    logps = exact_logps(model, group.prompt_ids, group.completion_ids,
+                                        group.completion_mask, group.commit_steps,
+                                        settings.block_length, settings.temperature)
+                else:
+                    logps = drawn_logps(model, group, name, 0, base)
+                gradients[name].append(policy_gradient(model, logps, group.advantages))
+        exact = torch.stack(gradients['exact'])                  # (groups, N)
+        line[asked_by] = {name: signal_and_noise(torch.stack(some), exact)
+                          for name, some in gradients.items()}
+        line[asked_by]['groups'] = len(groups)
+    append(args.noise, line)
+    print('noise', base, task, stage, flush=True)
+
+
+def signal_and_noise(gradients, exact):
+    """{measure: value} of gradients and the exact ones, a row per group: see gradient_noise."""
+    products = gradients @ gradients.T, gradients @ exact.T, exact @ exact.T
+
+    def measures(kept):
+        own, cross, true = (of_two_groups(some[kept][:, kept]) for some in products)
+        of_one_group = products[0].diagonal()[kept].mean()
+        return torch.stack([own / of_one_group, cross / (own * true).clamp(min=1e-30).sqrt()])
+
+    n = len(gradients)
+    share, cosine = measures(list(range(n))).tolist()
+    without_one = torch.stack([measures([j for j in range(n) if j != i]) for i in range(n)])
+    error = (without_one.var(0, unbiased=False) * (n - 1)).sqrt().tolist()
+    return {name: round(value, 5) for name, value in dict(
+        share=share, share_error=error[0], cosine=cosine, cosine_error=error[1]).items()}
+
+
+def of_two_groups(products):
+    """The mean of a square matrix outside its diagonal."""
+    n = len(products)
+    return (products.sum() - products.trace()) / (n * (n - 1))
+
+
 def cosine(a, b):
     return F.cosine_similarity(a, b, dim=0).item()
 
@@ -488,7 +551,7 @@ def skill_table(rows, passk):
     for row in passk:
         for order in ('any order', 'left to right'):
             one, many = (100 * row[order][key] for key in ('pass1', 'passk'))
-            print(f"base {row['base']}, {row['task']}, {order}: pass@1 {one:.1f}, "
+            print(f"base {row['base']}, {row['stage']}, {row['task']}, {order}: pass@1 {one:.1f}, "
                   f"pass@{row['k']} {many:.1f}")
 
 
@@ -519,6 +582,20 @@ def parts_table(rows):
         exact, own, one_step, d1 = (row[key] for key in ('exact', 'own', 'one_step', 'd1'))
         values = [exact, own - exact, one_step - own, d1 - one_step, d1 - exact]
         print_row([row['base'], row['task'], row['stage'], *[f'{value:.1f}' for value in values]])
+
+
+def noise_table(rows):
+    print("\nSignal in a group's gradient, % (error); its cosine with the exact signal (error)\n")
+    print_head(['base', 'task', 'stage', 'asked by', 'exact', *NOISY])
+    for row, asked_by in itertools.product(rows, ('people', 'nobody')):
+        found = [row[asked_by][name] for name in ('exact', *NOISY)]
+        seen = [values['share'] > 2 * values['share_error'] for values in found]
+        cells = []
+        for values, is_seen in zip(found, seen):
+            cells.append(f"{100 * values['share']:.1f} ({100 * values['share_error']:.1f})")
+            if values is not found[0] and is_seen and seen[0]:
+                cells[-1] += f", {values['cosine']:.2f} ({values['cosine_error']:.2f})"
+        print_row([row['base'], row['task'], row['stage'], asked_by, *cells])
 
 
 # ---- figures, readable on light and dark pages ----
@@ -678,17 +755,18 @@ def methods_figure(rows, folder):
 
 
 def debates_figure(passk, parts, folder):
-    """Countdown: pass@1 and pass@k in either order; the parts of d1's bias at each stage."""
+    """Countdown: pass@1 and pass@k before and after RL, in either order; parts of d1's bias."""
     figure, [tries, bias] = new_figure(2)
-    for i, order in enumerate(('any order', 'left to right')):
+    bars = itertools.product(('base', 'd1'), ('any order', 'left to right'))
+    for i, (stage, order) in enumerate(bars):
+        some = [row[order] for row in passk if row['stage'] == stage]
         for j, key in enumerate(('pass1', 'passk')):
-            values = [100 * row[order][key] for row in passk]
-            middle, (below, above) = mean_and_range(values)
-            tries.bar(j + 0.35 * i, middle, 0.32, color=COLOURS[i], ecolor=GREY,
-                      yerr=[[below], [above]], label=order if j == 0 else None)
-    tries.set_xticks([0.17, 1.17], ['pass@1', f"pass@{passk[0]['k']}"])
-    tries.set(ylabel='Countdown, base, %', ylim=(0, 100))
-    tries.legend(fontsize=7, loc='upper left')
+            middle, (below, above) = mean_and_range([100 * row[key] for row in some])
+            tries.bar(j + 0.2 * i, middle, 0.18, color=COLOURS[i], ecolor=GREY,
+                      yerr=[[below], [above]], label=f'{stage}, {order}' if j == 0 else None)
+    tries.set_xticks([0.3, 1.3], ['pass@1', f"pass@{passk[0]['k']}"])
+    tries.set(ylabel='Countdown, %', ylim=(0, 120), yticks=range(0, 101, 20))
+    tries.legend(fontsize=7, ncols=2, loc='upper left')
     pairs = [('dependence', 'own', 'exact'), ('misfit', 'one_step', 'own'),
              ('prompt masks', 'd1', 'one_step')]
     for j, stage in enumerate(('base', 'sft', 'd1')):
@@ -704,8 +782,9 @@ def debates_figure(passk, parts, folder):
     save(figure, folder, 'debates')
 
 
-# kind -> its function, and two amounts: groups and draws, or prompts and samples; for --quick
-STUDIES = {'truth': (truth, (8, 4), (2, 2)), 'parts': (parts_of_bias, (16, 512), (2, 32))}
+# kind -> its function, its amounts (prompts, groups, samples, draws), fewer for --quick
+STUDIES = {'passk': (samples, (256, 8), (8, 8)), 'truth': (truth, (8, 4), (2, 2)),
+           'parts': (parts_of_bias, (16, 512), (2, 32)), 'noise': (gradient_noise, (96,), (4,))}
 
 
 def jobs(args):
@@ -718,11 +797,6 @@ def jobs(args):
             for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
                 if (base, task, stage) not in done:
                     yield job, (base, task, stage, *(few if args.quick else amounts))
-        elif kind == 'passk':
-            done = [(row['base'], row['task']) for row in rows_of(args.passk)]
-            for task in GAMES:
-                if task in args.tasks and (base, task) not in done:
-                    yield samples, (base, task, 8 if args.quick else 256)
         else:
             for tasks in KINDS[kind][0]:
                 wanted = tasks == ALL or tasks in args.tasks
@@ -739,6 +813,7 @@ def tables_and_figures(args):
     skill_table(rows, rows_of(args.passk))
     truth_table(truth_rows)
     parts_table(rows_of(args.parts))
+    noise_table(rows_of(args.noise))
     try:
         import matplotlib                        # noqa: F401
     except ImportError:
@@ -753,12 +828,13 @@ def tables_and_figures(args):
         truth_figure(truth_rows, folder)
     passk, parts = ([row for row in rows_of(path) if row['task'] == 'countdown']
                     for path in (args.passk, args.parts))
-    if passk and {row['stage'] for row in parts} == {'base', 'sft', 'd1'}:
+    if all(any(row['stage'] == stage for row in some) for some in (passk, parts)
+           for stage in ('base', 'sft', 'd1')):
         debates_figure(passk, parts, folder)
 
 
 def main(argv=None):
-    kinds = [*KINDS, 'passk', *STUDIES]
+    kinds = [*KINDS, *STUDIES]
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--bases', nargs='*', type=int, default=[0, 1, 2, 3, 4])
@@ -781,6 +857,7 @@ def main(argv=None):
     args.truth = args.results / 'truth.jsonl'
     args.passk = args.results / 'passk.jsonl'
     args.parts = args.results / 'parts.jsonl'
+    args.noise = args.results / 'noise.jsonl'
     args.results = args.results / 'nano.jsonl'
     if not args.tables:
         for job, arguments in jobs(args):
