@@ -71,7 +71,7 @@ SAVE_EVERY = 100           # updates between checkpoints
 
 class Cycle(NamedTuple):
     """Updates in which the rates rise and fall to 0, and what is read in them."""
-    share: float               # of all updates
+    until: float               # the share of all updates after which it is over
     rate: float                # the highest, in parts of the rates above
     kinds: list                # of texts, in turn; see corpus_text
     sums_until: float          # the share of the cycle in which nothing but sums is read
@@ -79,7 +79,7 @@ class Cycle(NamedTuple):
 
 
 CYCLES = [Cycle(5 / 6, 1, 'text text sums'.split(), sums_until=0.15, block=8),
-          Cycle(1 / 6, 0.5, 'text text sums rest'.split(), sums_until=0, block=4)]
+          Cycle(1, 0.5, 'text text sums rest'.split(), sums_until=0, block=4)]
 
 
 # ---- the tokenizer: tags, the words of the problems, numbers below 400, and bytes ----
@@ -680,13 +680,16 @@ def pretrain(seed, updates, folder):
         model.load_state_dict(saved['model'])
         for optimizer, state in zip(optimizers, saved['optimizers']):
             optimizer.load_state_dict(state)
-    first = round(updates * CYCLES[0].share)     # updates of the first cycle
     progress = tqdm(range(start, updates), 'pretraining', initial=start, total=updates)
     for step in progress:
-        cycle, place, length = CYCLES[0], step, first            # the place in the cycle
-        if step >= first:
-            cycle, place, length = CYCLES[1], step - first, updates - first
-        if step == first:
+        begin = 0                                # the first step of its cycle
+        for cycle in CYCLES:
+            end = round(updates * cycle.until)
+            if step < end:
+                break
+            begin = end
+        place, length = step - begin, end - begin
+        if place == 0:
             optimizers = make_optimizers(model)
         warm_up = min(1, 20 * (place + 1) / length)              # over the first 5 %
         for optimizer in optimizers:

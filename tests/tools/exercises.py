@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve()
 # (file, function, minutes, background, hint), in the order in which they are solved
 EXERCISES = [
     ('grpo.py', 'group_advantages', 10, 'd1, equation 2: what earned more than its group is made '
-     'likelier.', 'view(-1, num_generations), and keepdim.'),
+     'likelier.', 'A row per group makes the means easy.'),
     ('grpo.py', 'up_to_end', 15, 'A completion is over at its first end token, which counts: the '
      'model has to learn to stop.', 'How many ends stand before a position? cumsum.'),
     ('sft.py', 'draw_masks', 20, 'LLaDA masks each token of an answer with a probability t of its '

@@ -812,8 +812,9 @@ def tables_and_figures(args):
     methods_table(rows)
     skill_table(rows, rows_of(args.passk))
     truth_table(truth_rows)
-    parts_table(rows_of(args.parts))
-    noise_table(rows_of(args.noise))
+    for show, path in ((parts_table, args.parts), (noise_table, args.noise)):
+        if path.exists():
+            show(rows_of(path))
     try:
         import matplotlib                        # noqa: F401
     except ImportError:
