@@ -261,6 +261,16 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     experiments.noise_table([row])
     assert '| people |' in capsys.readouterr().out
 
+    args.drift = tmp_path / 'drift.jsonl'
+    model, _ = experiments.load('nano')
+    for scale in (1, 0.8):                       # of the head: all tokens become less sure
+        model.ff_out.weight.data *= scale
+        train.save_model(tmp_path / 'changed', model, 'nano')
+        monkeypatch.setattr(experiments, 'trained_model', lambda *_: tmp_path / 'changed')
+        experiments.drift(args, 0, 'countdown', 'default', num_prompts=2, num_samples=2)
+    same, other = experiments.rows_of(args.drift)
+    assert same['kl'] == 0 < other['kl']
+
 
 def test_signal_is_told_from_noise():
     """Noise of norm 2 on a signal of norm 1; the truth's signal is at 60 degrees from it."""

@@ -453,6 +453,36 @@ def of_two_groups(products):
     return (products.sum() - products.trace()) / (n * (n - 1))
 
 
+# ---- how far training moved what the base can do ----
+
+def drift(args, base, task, method, num_prompts, num_samples):
+    """The KL of a trained policy from its base where it always thinks; for drift.jsonl.
+
+    Nats per completion that the base wrote, asked by nobody: of its tokens, each in the sight of
+    all earlier steps. The order of commits, which turns on ties between sure tokens, is left out.
+    """
+    folder, data = base_and_data(args, base)
+    model, tokenizer = load(str(folder))
+    kind = 'grpo' if method == 'default' else f'base-{method}'
+    policy, _ = load(str(trained_model(args, base, kind, task)))
+    settings = train.parse(f'--task {task} --seed {3000 + base} --data {data} {NOBODY}'.split())
+    problems = train.Problems(settings, tokenizer, {})
+    sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
+                                    settings.temperature)
+    found = []                                   # a mean per prompt
+    for number in range(num_prompts):
+        problem = number, *problems.draw(number)
+        [group] = rollout(model, tokenizer, [problem], num_samples, sampling, base, step=0)
+        with torch.no_grad():
+            before, after = (own_logps(net, group, settings.temperature) for net in (model, policy))
+        found.append((before - after).sum(1).mean())
+    found = torch.stack(found)
+    append(args.drift, dict(base=base, task=task, stage=method, prompts=num_prompts,
+                            samples=num_samples, kl=round(found.mean().item(), 4),
+                            kl_error=round((found.std() / num_prompts ** 0.5).item(), 4)))
+    print('drift', base, task, method, flush=True)
+
+
 def cosine(a, b):
     return F.cosine_similarity(a, b, dim=0).item()
 
@@ -523,10 +553,10 @@ def table_1(rows, task, key='accuracy'):
             print_row([label, *cells, f'{mean(tokens):.1f}', waits])
 
 
-def methods_table(rows):
-    """Countdown after each change, from the base and from SFT; what it cost."""
+def methods_table(rows, drifts):
+    """Countdown after each change, from the base and from SFT; what it cost, and moved."""
     print('\nCountdown at 48 tokens after 40 iterations, one change each\n')
-    print_head(['change', 'from the base', 'from SFT', 'seconds per iteration'])
+    print_head(['change', 'from the base', 'from SFT', 'seconds per iteration', 'drift, nats'])
     for name in ['default', *METHODS]:
         kinds = [f'base-{name}', f'sft-{name}']
         if name == 'default':
@@ -535,7 +565,8 @@ def methods_table(rows):
         if found:
             seconds = mean([median(row['curve']['seconds']) for row in found])
             print_row([name, *[spread(scores(rows, kind, 'grpo', 'countdown', 48))
-                               for kind in kinds], f'{seconds:.2f}'])
+                               for kind in kinds], f'{seconds:.2f}',
+                       ', '.join(f"{row['kl']:.1f}" for row in drifts if row['stage'] == name)])
 
 
 def skill_table(rows, passk):
@@ -728,30 +759,54 @@ def truth_figure(rows, folder):
     save(figure, folder, 'truth', rect=(0, 0.07, 1, 1))
 
 
-def methods_figure(rows, folder):
-    """Countdown after each change, from the base and from SFT, a dot per base; and skill."""
-    figure, [ends, skill] = new_figure(2, 3.4)
-    names = ['default', *METHODS]
-    for start, default, colour, shift in (('base', 'grpo', COLOURS[0], -0.15),
-                                          ('sft', 'd1', COLOURS[1], 0.15)):
-        for j, name in enumerate(names):
-            kind = default if name == 'default' else f'{start}-{name}'
-            found = [100 * value for value in scores(rows, kind, 'grpo', 'countdown', 48)]
-            ends.plot(found, [j + shift] * len(found), 'o', color=colour, markersize=3,
-                      label=f'from {start}' if j == 0 else None)
-    ends.set_yticks(range(len(names)), names, fontsize=7)
+def methods_figure(rows, drifts, folder):
+    """Countdown after each change, a dot per base; and against how far the policy moved."""
+    figure, [ends, moved] = new_figure(2, 3.4)
+    kinds = dict(default='grpo') | {name: f'base-{name}' for name in METHODS}
+    found = {name: {row['base']: 100 * row['results']['grpo']['countdown']['48']['accuracy']
+                    for row in rows if row['kind'] == kind and row['tasks'] == 'countdown'}
+             for name, kind in kinds.items()}
+    found = {name: by_base for name, by_base in found.items() if by_base}
+    for j, (name, by_base) in enumerate(found.items()):
+        for base, accuracy in by_base.items():
+            ends.plot(accuracy, j, 'o', color=COLOURS[base], markersize=4)
+    ends.set_yticks(range(len(found)), found, fontsize=7)
     ends.invert_yaxis()
-    ends.legend(fontsize=7)
     ends.set(xlabel="d1's Countdown after 40 iterations, %")
-    for name, colour in zip(SKILL, COLOURS):
-        stages = ['base', 'grpo-50', 'grpo-100', 'grpo-150', 'grpo']
-        found = [scores(rows, f'skill-{name}', stage, 'countdown', 48) for stage in stages]
-        if all(found):
-            skill.plot([0, 50, 100, 150, 200], [100 * mean(values) for values in found],
-                       color=colour, marker='o', markersize=3, label=name)
-    skill.set(xlabel='iteration, every completion thinks', ylabel='%')
-    skill.legend(fontsize=7)
+    for row in drifts:
+        if row['base'] in found.get(row['stage'], {}):
+            place = row['kl'], found[row['stage']][row['base']]
+            moved.plot(*place, 'o', color=COLOURS[row['base']], markersize=4)
+            moved.annotate(row['stage'], place, xytext=(3, 3), textcoords='offset points',
+                           fontsize=6, color=GREY)
+    for base in sorted({base for by_base in found.values() for base in by_base}):
+        moved.plot([], [], 'o', color=COLOURS[base], markersize=4, label=f'base {base}')
+    moved.legend(fontsize=7)
+    moved.set(xlabel='drift of the tokens, nats', ylabel='%')
     save(figure, folder, 'methods')
+
+
+def signal_figure(rows, folder):
+    """Of base models: the signal in a group's gradient, asked by people and by nobody; cosines."""
+    figure, [shares, cosines] = new_figure(2)
+    for i, asked_by in enumerate(('people', 'nobody')):
+        for axis, key, scale in ((shares, 'share', 100), (cosines, 'cosine', 1)):
+            for j, name in enumerate(('exact', *NOISY)):
+                for row in rows:
+                    values = row[asked_by][name]
+                    x = j + 0.35 * i + 0.08 * row['base']
+                    if key == 'share' or name != 'exact':
+                        axis.errorbar(x, scale * values[key], scale * values[f'{key}_error'],
+                                      fmt='o', color=COLOURS[i], markersize=4, elinewidth=0.8)
+        shares.plot([], [], 'o', color=COLOURS[i], markersize=4, label=f'asked by {asked_by}')
+    labels = ['exact', 'one step,\nmasked (d1)', 'one step', 'StepMerge 8']
+    for axis in (shares, cosines):
+        axis.set_xticks([j + 0.2 for j in range(4)], labels, fontsize=7)
+    shares.axhline(0, color=GREY, linewidth=0.5)
+    shares.set(ylabel="signal in a group's gradient, %")
+    cosines.set(ylabel='cosine of the signals', ylim=(-0.1, 1.2), xlim=(0.7, 3.7))
+    shares.legend(fontsize=7)
+    save(figure, folder, 'signal')
 
 
 def debates_figure(passk, parts, folder):
@@ -782,19 +837,23 @@ def debates_figure(passk, parts, folder):
     save(figure, folder, 'debates')
 
 
-# kind -> its function, its amounts (prompts, groups, samples, draws), fewer for --quick
-STUDIES = {'passk': (samples, (256, 8), (8, 8)), 'truth': (truth, (8, 4), (2, 2)),
-           'parts': (parts_of_bias, (16, 512), (2, 32)), 'noise': (gradient_noise, (96,), (4,))}
+# kind -> its function, its stages, its amounts (prompts, groups, samples, draws), few for --quick
+STAGES = ('base', 'sft', 'd1')
+STUDIES = {'passk': (samples, STAGES, (256, 8), (8, 8)), 'truth': (truth, STAGES, (8, 4), (2, 2)),
+           'parts': (parts_of_bias, STAGES, (16, 512), (2, 32)),
+           'noise': (gradient_noise, STAGES, (96,), (4,)),
+           'drift': (drift, ('default', *METHODS), (48, 8), (2, 8))}
 
 
 def jobs(args):
     """Yields (function, arguments) of every cell that the results do not hold."""
     for base, kind in itertools.product(args.bases, args.kinds):
         if kind in STUDIES:
-            job, amounts, few = STUDIES[kind]
+            job, stages, amounts, few = STUDIES[kind]
+            tasks = ['countdown'] if kind == 'drift' else args.tasks
             done = [(row['base'], row['task'], row['stage'])
                     for row in rows_of(getattr(args, kind))]
-            for task, stage in itertools.product(args.tasks, ('base', 'sft', 'd1')):
+            for task, stage in itertools.product(tasks, stages):
                 if (base, task, stage) not in done:
                     yield job, (base, task, stage, *(few if args.quick else amounts))
         else:
@@ -809,7 +868,7 @@ def tables_and_figures(args):
     for task in TASKS:
         table_1(rows, task)
     table_1(rows, 'sudoku', 'share')
-    methods_table(rows)
+    methods_table(rows, rows_of(args.drift))
     skill_table(rows, rows_of(args.passk))
     truth_table(truth_rows)
     for show, path in ((parts_table, args.parts), (noise_table, args.noise)):
@@ -823,8 +882,12 @@ def tables_and_figures(args):
     folder = args.out if args.quick else ASSETS
     learning_figure(rows, folder)
     results_figure(rows, folder)
-    if any(row['kind'].startswith('skill') for row in rows):
-        methods_figure(rows, folder)
+    if any(row['kind'].startswith('base-') for row in rows):
+        methods_figure(rows, rows_of(args.drift), folder)
+    noise = [row for row in rows_of(args.noise)
+             if row['task'] == 'countdown' and row['stage'] == 'base']
+    if noise:
+        signal_figure(noise, folder)
     if truth_rows:
         truth_figure(truth_rows, folder)
     passk, parts = ([row for row in rows_of(path) if row['task'] == 'countdown']
@@ -859,6 +922,7 @@ def main(argv=None):
     args.passk = args.results / 'passk.jsonl'
     args.parts = args.results / 'parts.jsonl'
     args.noise = args.results / 'noise.jsonl'
+    args.drift = args.results / 'drift.jsonl'
     args.results = args.results / 'nano.jsonl'
     if not args.tables:
         for job, arguments in jobs(args):
