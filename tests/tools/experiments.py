@@ -130,12 +130,10 @@ def trained_model(args, base, kind, tasks):
 
 
 def model_of_stage(args, base, task, stage):
-    """(the folder of a model, the training problems of its base); stage: base, sft or d1."""
+    """(the folder of a model, the training problems of its base); stage: base or a kind."""
     folder, data = base_and_data(args, base)
-    if stage == 'sft':
-        folder = trained_model(args, base, 'sft', ALL)
-    if stage == 'd1':
-        folder = trained_model(args, base, 'd1', task)
+    if stage != 'base':
+        folder = trained_model(args, base, stage, ALL if stage == 'sft' else task)
     return folder, data
 
 
@@ -812,13 +810,14 @@ def signal_figure(rows, folder):
 def debates_figure(passk, parts, folder):
     """Countdown: pass@1 and pass@k before and after RL, in either order; parts of d1's bias."""
     figure, [tries, bias] = new_figure(2)
-    bars = itertools.product(('base', 'd1'), ('any order', 'left to right'))
-    for i, (stage, order) in enumerate(bars):
+    bars = [('base', 'base', 'any order'), ('base, left to right', 'base', 'left to right'),
+            ('diffu-GRPO', 'grpo', 'any order'), ('exact gradient', 'base-exact', 'any order')]
+    for i, (label, stage, order) in enumerate(bars):
         some = [row[order] for row in passk if row['stage'] == stage]
         for j, key in enumerate(('pass1', 'passk')):
             middle, (below, above) = mean_and_range([100 * row[key] for row in some])
             tries.bar(j + 0.2 * i, middle, 0.18, color=COLOURS[i], ecolor=GREY,
-                      yerr=[[below], [above]], label=f'{stage}, {order}' if j == 0 else None)
+                      yerr=[[below], [above]], label=label if j == 0 else None)
     tries.set_xticks([0.3, 1.3], ['pass@1', f"pass@{passk[0]['k']}"])
     tries.set(ylabel='Countdown, %', ylim=(0, 120), yticks=range(0, 101, 20))
     tries.legend(fontsize=7, ncols=2, loc='upper left')
@@ -839,10 +838,13 @@ def debates_figure(passk, parts, folder):
 
 # kind -> its function, its stages, its amounts (prompts, groups, samples, draws), few for --quick
 STAGES = ('base', 'sft', 'd1')
-STUDIES = {'passk': (samples, STAGES, (256, 8), (8, 8)), 'truth': (truth, STAGES, (8, 4), (2, 2)),
+SAMPLED = ('base-pmask0', 'base-stepmerge4', 'base-exact')
+STUDIES = {'passk': (samples, ('base', 'grpo', *SAMPLED), (256, 8), (8, 8)),
+           'truth': (truth, STAGES, (8, 4), (2, 2)),
            'parts': (parts_of_bias, STAGES, (16, 512), (2, 32)),
            'noise': (gradient_noise, STAGES, (96,), (4,)),
            'drift': (drift, ('default', *METHODS), (48, 8), (2, 8))}
+ON_COUNTDOWN = ('passk', 'drift')
 
 
 def jobs(args):
@@ -850,7 +852,7 @@ def jobs(args):
     for base, kind in itertools.product(args.bases, args.kinds):
         if kind in STUDIES:
             job, stages, amounts, few = STUDIES[kind]
-            tasks = ['countdown'] if kind == 'drift' else args.tasks
+            tasks = ['countdown'] if kind in ON_COUNTDOWN else args.tasks
             done = [(row['base'], row['task'], row['stage'])
                     for row in rows_of(getattr(args, kind))]
             for task, stage in itertools.product(tasks, stages):
@@ -892,8 +894,8 @@ def tables_and_figures(args):
         truth_figure(truth_rows, folder)
     passk, parts = ([row for row in rows_of(path) if row['task'] == 'countdown']
                     for path in (args.passk, args.parts))
-    if all(any(row['stage'] == stage for row in some) for some in (passk, parts)
-           for stage in ('base', 'sft', 'd1')):
+    if ({row['stage'] for row in passk} >= {'base', 'grpo', 'base-exact'}
+            and {row['stage'] for row in parts} >= set(STAGES)):
         debates_figure(passk, parts, folder)
 
 
