@@ -540,7 +540,7 @@ TABLE_1 = {'one constant answer': ('grpo', 'constant'), 'a rule, no model': ('gr
 def table_1(rows, task, key='accuracy'):
     """Accuracy in % of every stage at each length; effective tokens and Waits beside it."""
     lengths = (24, 48, 96)
-    bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo'})
+    bases = sorted({row['base'] for row in rows if row['kind'] == 'grpo' and row['tasks'] == task})
     print(f'\n{NAMES[task]}: {key} in %, mean (lowest to highest) over bases {bases}\n')
     print_head(['', *[f'{length} tokens' for length in lengths], 'effective tokens', 'Wait'])
     for label, column in TABLE_1.items():
@@ -775,8 +775,9 @@ def methods_figure(rows, drifts, folder):
         if row['base'] in found.get(row['stage'], {}):
             place = row['kl'], found[row['stage']][row['base']]
             moved.plot(*place, 'o', color=COLOURS[row['base']], markersize=4)
-            moved.annotate(row['stage'], place, xytext=(3, 3), textcoords='offset points',
-                           fontsize=6, color=GREY)
+            if row['base']:                      # base 0's lie too close for names
+                moved.annotate(row['stage'], place, xytext=(3, 3), textcoords='offset points',
+                               fontsize=6, color=GREY)
     for base in sorted({base for by_base in found.values() for base in by_base}):
         moved.plot([], [], 'o', color=COLOURS[base], markersize=4, label=f'base {base}')
     moved.legend(fontsize=7)
@@ -812,8 +813,9 @@ def debates_figure(passk, parts, folder):
     figure, [tries, bias] = new_figure(2)
     bars = [('base', 'base', 'any order'), ('base, left to right', 'base', 'left to right'),
             ('diffu-GRPO', 'grpo', 'any order'), ('exact gradient', 'base-exact', 'any order')]
+    bases = {row['base'] for row in passk if row['stage'] == 'base-exact'}   # the same for all
     for i, (label, stage, order) in enumerate(bars):
-        some = [row[order] for row in passk if row['stage'] == stage]
+        some = [row[order] for row in passk if row['stage'] == stage and row['base'] in bases]
         for j, key in enumerate(('pass1', 'passk')):
             middle, (below, above) = mean_and_range([100 * row[key] for row in some])
             tries.bar(j + 0.2 * i, middle, 0.18, color=COLOURS[i], ecolor=GREY,
