@@ -805,6 +805,8 @@ def signal_figure(rows, folder):
     shares.set(ylabel="signal in a group's gradient, %")
     cosines.set(ylabel='cosine of the signals', ylim=(-0.1, 1.2), xlim=(0.7, 3.7))
     shares.legend(fontsize=7)
+    bases = ', '.join(str(row['base']) for row in rows)
+    figure.suptitle(f'Countdown, from left to right bases {bases}', fontsize=8)
     save(figure, folder, 'signal')
 
 
