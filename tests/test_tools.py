@@ -262,12 +262,12 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     assert '| people |' in capsys.readouterr().out
 
     args.drift = tmp_path / 'drift.jsonl'
+    monkeypatch.setattr(experiments, 'trained_model', lambda *_: tmp_path / 'changed')
     model, _ = experiments.load('nano')
     for scale in (1, 0.8):                       # of the head: all tokens become less sure
         model.ff_out.weight.data *= scale
         train.save_model(tmp_path / 'changed', model, 'nano')
-        monkeypatch.setattr(experiments, 'trained_model', lambda *_: tmp_path / 'changed')
-        experiments.drift(args, 0, 'countdown', 'default', num_prompts=2, num_samples=2)
+        experiments.drift(args, 0, 'countdown', 'grpo', num_prompts=2, num_samples=2)
     same, other = experiments.rows_of(args.drift)
     assert same['kl'] == 0 < other['kl']
 

@@ -74,6 +74,7 @@ METHODS = {
 KINDS |= {f'{start}-{name}': (['countdown'], start,
                               f'--stages grpo --eval_lengths 48 {ASKERS} {flags}')
           for start in ('base', 'sft') for name, flags in METHODS.items()}
+FROM_BASE = ['grpo', *[f'base-{name}' for name in METHODS]]
 
 
 # ---- cells ----
@@ -186,10 +187,10 @@ def samples(args, base, task, stage, num_problems, k):
     folder, data = model_of_stage(args, base, task, stage)
     model, tokenizer = load(str(folder))
     line = dict(base=base, task=task, stage=stage, problems=num_problems, k=k)
+    asked_by = NOBODY if stage == 'base' else ASKERS
     for order in ('any order', 'left to right'):
         settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
-                               f'--eval_n {num_problems} '
-                               f'{NOBODY if stage == "base" else ASKERS}'.split())
+                               f'--eval_n {num_problems} {asked_by}'.split())
         problems = train.load_test_sets(settings, tokenizer)[task]
         if order == 'left to right':             # a token per block and step
             settings.block_length, settings.steps = 1, settings.gen_length
@@ -216,19 +217,24 @@ ESTIMATORS |= {'stepmerge 4, p_mask 0.15': ('stepmerge', 4, 0.15)}
 ESTIMATORS |= {f'elbo {n}': ('elbo', n, 0) for n in (2, 4)}
 
 
-def groups_with_a_gradient(settings, model, tokenizer, num_groups):
-    """Groups of 8 rollouts of which not all rewards are equal; fewer, if 200 prompts give fewer."""
+def rollouts(settings, model, tokenizer, num_prompts, num_samples, seed, step=0):
+    """Yields a group of num_samples completions of each of the first training prompts."""
     problems = train.Problems(settings, tokenizer, {})
     sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
                                     settings.temperature)
-    groups = []
-    for number in range(200):
-        if len(groups) == num_groups:
-            break
+    for number in range(num_prompts):
         problem = number, *problems.draw(number)
-        [group] = rollout(model, tokenizer, [problem], 8, sampling, settings.seed, step=0)
+        yield from rollout(model, tokenizer, [problem], num_samples, sampling, seed, step)
+
+
+def groups_with_a_gradient(settings, model, tokenizer, num_groups):
+    """Groups of 8 rollouts of which not all rewards are equal; fewer, if 200 prompts give fewer."""
+    groups = []
+    for group in rollouts(settings, model, tokenizer, 200, 8, settings.seed):
         if group.advantages.any():
             groups.append(group)
+        if len(groups) == num_groups:
+            break
     return groups
 
 
@@ -359,13 +365,8 @@ def parts_of_bias(args, base, task, stage, num_prompts, num_samples):
     folder, data = model_of_stage(args, base, task, stage)
     model, tokenizer = load(str(folder))
     settings = train.parse(['--task', task, '--seed', str(1000 + base), '--data', str(data)])
-    problems = train.Problems(settings, tokenizer, {})
-    sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
-                                    settings.temperature)
     rows = []
-    for number in range(num_prompts):
-        problem = number, *problems.draw(number)
-        [group] = rollout(model, tokenizer, [problem], num_samples, sampling, base, step=1)
+    for group in rollouts(settings, model, tokenizer, num_prompts, num_samples, base, step=1):
         mask, ids = group.completion_mask, group.completion_ids
         with torch.no_grad():
             exact = exact_logps(model, group.prompt_ids, ids, mask, group.commit_steps,
@@ -432,7 +433,7 @@ def signal_and_noise(gradients, exact):
     """{measure: value} of gradients and the exact ones, a row per group: see gradient_noise."""
     products = gradients @ gradients.T, gradients @ exact.T, exact @ exact.T
 
-    def measures(kept):
+    def measures(kept):      # a signal's square may be estimated below 0: its cosine says nothing
         own, cross, true = (of_two_groups(some[kept][:, kept]) for some in products)
         of_one_group = products[0].diagonal()[kept].mean()
         return torch.stack([own / of_one_group, cross / (own * true).clamp(min=1e-30).sqrt()])
@@ -453,7 +454,7 @@ def of_two_groups(products):
 
 # ---- how far training moved what the base can do ----
 
-def drift(args, base, task, method, num_prompts, num_samples):
+def drift(args, base, task, stage, num_prompts, num_samples):
     """The KL of a trained policy from its base where it always thinks; for drift.jsonl.
 
     Nats per completion that the base wrote, asked by nobody: of its tokens, each in the sight of
@@ -461,24 +462,18 @@ def drift(args, base, task, method, num_prompts, num_samples):
     """
     folder, data = base_and_data(args, base)
     model, tokenizer = load(str(folder))
-    kind = 'grpo' if method == 'default' else f'base-{method}'
-    policy, _ = load(str(trained_model(args, base, kind, task)))
+    policy, _ = load(str(trained_model(args, base, stage, task)))
     settings = train.parse(f'--task {task} --seed {3000 + base} --data {data} {NOBODY}'.split())
-    problems = train.Problems(settings, tokenizer, {})
-    sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
-                                    settings.temperature)
     found = []                                   # a mean per prompt
-    for number in range(num_prompts):
-        problem = number, *problems.draw(number)
-        [group] = rollout(model, tokenizer, [problem], num_samples, sampling, base, step=0)
+    for group in rollouts(settings, model, tokenizer, num_prompts, num_samples, base):
         with torch.no_grad():
             before, after = (own_logps(net, group, settings.temperature) for net in (model, policy))
         found.append((before - after).sum(1).mean())
     found = torch.stack(found)
-    append(args.drift, dict(base=base, task=task, stage=method, prompts=num_prompts,
+    append(args.drift, dict(base=base, task=task, stage=stage, prompts=num_prompts,
                             samples=num_samples, kl=round(found.mean().item(), 4),
                             kl_error=round((found.std() / num_prompts ** 0.5).item(), 4)))
-    print('drift', base, task, method, flush=True)
+    print('drift', base, task, stage, flush=True)
 
 
 def cosine(a, b):
@@ -564,7 +559,7 @@ def methods_table(rows, drifts):
             seconds = mean([median(row['curve']['seconds']) for row in found])
             print_row([name, *[spread(scores(rows, kind, 'grpo', 'countdown', 48))
                                for kind in kinds], f'{seconds:.2f}',
-                       ', '.join(f"{row['kl']:.1f}" for row in drifts if row['stage'] == name)])
+                       ', '.join(f"{row['kl']:.1f}" for row in drifts if row['stage'] == kinds[0])])
 
 
 def skill_table(rows, passk):
@@ -617,12 +612,12 @@ def noise_table(rows):
     print("\nSignal in a group's gradient, % (error); its cosine with the exact signal (error)\n")
     print_head(['base', 'task', 'stage', 'asked by', 'exact', *NOISY])
     for row, asked_by in itertools.product(rows, ('people', 'nobody')):
-        found = [row[asked_by][name] for name in ('exact', *NOISY)]
-        seen = [values['share'] > 2 * values['share_error'] for values in found]
         cells = []
-        for values, is_seen in zip(found, seen):
+        for name in ('exact', *NOISY):
+            both = row[asked_by]['exact'], row[asked_by][name]
+            values = both[1]
             cells.append(f"{100 * values['share']:.1f} ({100 * values['share_error']:.1f})")
-            if values is not found[0] and is_seen and seen[0]:
+            if name != 'exact' and all(some['share'] > 2 * some['share_error'] for some in both):
                 cells[-1] += f", {values['cosine']:.2f} ({values['cosine_error']:.2f})"
         print_row([row['base'], row['task'], row['stage'], asked_by, *cells])
 
@@ -760,15 +755,14 @@ def truth_figure(rows, folder):
 def methods_figure(rows, drifts, folder):
     """Countdown after each change, a dot per base; and against how far the policy moved."""
     figure, [ends, moved] = new_figure(2, 3.4)
-    kinds = dict(default='grpo') | {name: f'base-{name}' for name in METHODS}
-    found = {name: {row['base']: 100 * row['results']['grpo']['countdown']['48']['accuracy']
+    found = {kind: {row['base']: 100 * row['results']['grpo']['countdown']['48']['accuracy']
                     for row in rows if row['kind'] == kind and row['tasks'] == 'countdown'}
-             for name, kind in kinds.items()}
-    found = {name: by_base for name, by_base in found.items() if by_base}
-    for j, (name, by_base) in enumerate(found.items()):
+             for kind in FROM_BASE}
+    found = {kind: by_base for kind, by_base in found.items() if by_base}
+    for j, by_base in enumerate(found.values()):
         for base, accuracy in by_base.items():
             ends.plot(accuracy, j, 'o', color=COLOURS[base], markersize=4)
-    ends.set_yticks(range(len(found)), found, fontsize=7)
+    ends.set_yticks(range(len(found)), [kind.removeprefix('base-') for kind in found], fontsize=7)
     ends.invert_yaxis()
     ends.set(xlabel="d1's Countdown after 40 iterations, %")
     for row in drifts:
@@ -776,8 +770,8 @@ def methods_figure(rows, drifts, folder):
             place = row['kl'], found[row['stage']][row['base']]
             moved.plot(*place, 'o', color=COLOURS[row['base']], markersize=4)
             if row['base']:                      # base 0's lie too close for names
-                moved.annotate(row['stage'], place, xytext=(3, 3), textcoords='offset points',
-                               fontsize=6, color=GREY)
+                moved.annotate(row['stage'].removeprefix('base-'), place, xytext=(3, 3),
+                               textcoords='offset points', fontsize=6, color=GREY)
     for base in sorted({base for by_base in found.values() for base in by_base}):
         moved.plot([], [], 'o', color=COLOURS[base], markersize=4, label=f'base {base}')
     moved.legend(fontsize=7)
@@ -789,14 +783,13 @@ def signal_figure(rows, folder):
     """Of base models: the signal in a group's gradient, asked by people and by nobody; cosines."""
     figure, [shares, cosines] = new_figure(2)
     for i, asked_by in enumerate(('people', 'nobody')):
-        for axis, key, scale in ((shares, 'share', 100), (cosines, 'cosine', 1)):
-            for j, name in enumerate(('exact', *NOISY)):
-                for row in rows:
-                    values = row[asked_by][name]
-                    x = j + 0.35 * i + 0.08 * row['base']
-                    if key == 'share' or name != 'exact':
-                        axis.errorbar(x, scale * values[key], scale * values[f'{key}_error'],
-                                      fmt='o', color=COLOURS[i], markersize=4, elinewidth=0.8)
+        dot = dict(fmt='o', color=COLOURS[i], markersize=4, elinewidth=0.8)
+        for row, (j, name) in itertools.product(rows, enumerate(('exact', *NOISY))):
+            values = row[asked_by][name]
+            x = j + 0.35 * i + 0.08 * row['base']
+            shares.errorbar(x, 100 * values['share'], 100 * values['share_error'], **dot)
+            if name != 'exact':
+                cosines.errorbar(x, values['cosine'], values['cosine_error'], **dot)
         shares.plot([], [], 'o', color=COLOURS[i], markersize=4, label=f'asked by {asked_by}')
     labels = ['exact', 'one step,\nmasked (d1)', 'one step', 'StepMerge 8']
     for axis in (shares, cosines):
@@ -840,15 +833,15 @@ def debates_figure(passk, parts, folder):
     save(figure, folder, 'debates')
 
 
-# kind -> its function, its stages, its amounts (prompts, groups, samples, draws), few for --quick
 STAGES = ('base', 'sft', 'd1')
-SAMPLED = ('base-pmask0', 'base-stepmerge4', 'base-exact')
-STUDIES = {'passk': (samples, ('base', 'grpo', *SAMPLED), (256, 8), (8, 8)),
+SAMPLED = ('base', 'grpo', 'base-pmask0', 'base-stepmerge4', 'base-exact')
+# kind -> its function, its stages, its amounts (prompts, groups, samples, draws), few for --quick
+STUDIES = {'passk': (samples, SAMPLED, (256, 8), (8, 8)),
            'truth': (truth, STAGES, (8, 4), (2, 2)),
            'parts': (parts_of_bias, STAGES, (16, 512), (2, 32)),
            'noise': (gradient_noise, STAGES, (96,), (4,)),
-           'drift': (drift, ('default', *METHODS), (48, 8), (2, 8))}
-ON_COUNTDOWN = ('passk', 'drift')
+           'drift': (drift, FROM_BASE, (48, 8), (2, 8))}
+ON_COUNTDOWN = ('passk', 'drift')                # for their stages are
 
 
 def jobs(args):
@@ -856,7 +849,8 @@ def jobs(args):
     for base, kind in itertools.product(args.bases, args.kinds):
         if kind in STUDIES:
             job, stages, amounts, few = STUDIES[kind]
-            tasks = ['countdown'] if kind in ON_COUNTDOWN else args.tasks
+            tasks = [task for task in args.tasks
+                     if task == 'countdown' or kind not in ON_COUNTDOWN]
             done = [(row['base'], row['task'], row['stage'])
                     for row in rows_of(getattr(args, kind))]
             for task, stage in itertools.product(tasks, stages):
