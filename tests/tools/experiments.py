@@ -246,6 +246,12 @@ def policy_gradient(model, logps, advantages):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def sampler_logps(model, group, settings):
+    """The exact log-probs of a group's rollouts, (G, L)."""
+    return exact_logps(model, group.prompt_ids, group.completion_ids, group.completion_mask,
+                       group.commit_steps, settings.block_length, settings.temperature)
+
+
 def drawn_logps(model, group, name, draw, seed):
     """Log-probs of a group's rollouts, (G, L), under one draw of an estimator's views and masks."""
     estimator, num_views, p_mask = ESTIMATORS[name]
@@ -317,8 +323,7 @@ def truth(args, base, task, stage, num_groups, draws):
     parts = dict(total=0, first=0, other=0)      # of the exact gradient
     exact_mean, positions_mean = 0, 0
     for group in groups:
-        logps = exact_logps(model, group.prompt_ids, group.completion_ids, group.completion_mask,
-                            group.commit_steps, settings.block_length, settings.temperature)
+        logps = sampler_logps(model, group, settings)
         first = policy_gradient(model, logps * (group.commit_steps == 0), group.advantages)
         other = policy_gradient(model, logps * (group.commit_steps > 0), group.advantages)
         exact = logps.detach().sum(1)
@@ -369,8 +374,7 @@ def parts_of_bias(args, base, task, stage, num_prompts, num_samples):
     for group in rollouts(settings, model, tokenizer, num_prompts, num_samples, base, step=1):
         mask, ids = group.completion_mask, group.completion_ids
         with torch.no_grad():
-            exact = exact_logps(model, group.prompt_ids, ids, mask, group.commit_steps,
-                                settings.block_length, settings.temperature)
+            exact = sampler_logps(model, group, settings)
             one_step = drawn_logps(model, group, 'one_step, p_mask 0', 0, base)
             d1 = [drawn_logps(model, group, 'one_step, p_mask 0.15', draw, base)
                   for draw in range(8)]
@@ -415,9 +419,7 @@ def gradient_noise(args, base, task, stage, num_groups):
         for group in groups:
             for name in gradients:
                 if name == 'exact':
-                    logps = exact_logps(model, group.prompt_ids, group.completion_ids,
-                                        group.completion_mask, group.commit_steps,
-                                        settings.block_length, settings.temperature)
+                    logps = sampler_logps(model, group, settings)
                 else:
                     logps = drawn_logps(model, group, name, 0, base)
                 gradients[name].append(policy_gradient(model, logps, group.advantages))
