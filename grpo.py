@@ -21,7 +21,9 @@ def group_advantages(rewards, num_generations, divide_by_std=False):
     GRPO divides by the group's standard deviation (of G - 1) + 1e-4, too.
     """
     groups = rewards.view(-1, num_generations)                   # (N, G)
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)   # (N, 1)
     advantages = groups - groups.mean(dim=1, keepdim=True)
+    advantages = advantages.masked_fill(equal, 0)                # the mean of eight 0.1 is not 0.1
     if divide_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
     return advantages.flatten()
@@ -183,7 +185,8 @@ def espo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon,
 def stable_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon, beta):
     """Ratios that are always clipped, and divided by their sum (StableDRL, arXiv 2603.06743).
 
-    grpo_loss lets a ratio through unclipped where A < 0, however large its noise has made it.
+    grpo_loss lets a ratio through unclipped where A < 0, however large its noise has made it. The
+    statistics are grpo_loss's.
     """
     tensors = logps, old_logps, ref_logps
     _, stats = grpo_loss(*tensors, advantages, completion_mask, epsilon, beta)

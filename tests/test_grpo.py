@@ -56,6 +56,9 @@ def test_group_advantages_by_hand():
     assert group_advantages(given, 3).tolist() == [2.0, -1.0, -1.0, 0.0, 0.0, 0.0]
     assert group_advantages(given, 2).tolist() == [1.5, -1.5, -0.5, 0.5, 0.0, 0.0]
     assert given.tolist() == [3.0, 0.0, 0.0, 1.0, 1.0, 1.0], 'a reward never becomes an advantage'
+    for reward in (0.1, 1 / 3, 2 / 3, 3.487):    # of which a mean of eight differs in float32
+        for divide_by_std in (False, True):
+            assert not group_advantages(torch.full((8,), reward), 8, divide_by_std).any()
     found = group_advantages(torch.tensor([0.0, 2.0, 0.0, 2e-4]), 2, divide_by_std=True)
     torch.testing.assert_close(found[:2], torch.tensor([-1, 1]) / 2 ** 0.5, atol=1e-3, rtol=0)
     torch.testing.assert_close(found[2:], torch.tensor([-1, 1]) / (2 ** 0.5 + 1))    # std + 1e-4
@@ -591,12 +594,13 @@ def test_rejection_sampling_learns_what_is_right_and_nothing_else(monkeypatch, t
         return 0.5, text.count('m') > 0          # equal rewards: no RL could learn from them
     graded = rewards.TASKS['gsm8k']._replace(grade=grade)
     monkeypatch.setitem(rewards.TASKS, 'gsm8k', graded)
-    run = Trained(monkeypatch, tmp_path, '--loss', 'rejection', '--beta', '0')
+    run = Trained(monkeypatch, tmp_path, '--loss', 'rejection', '--beta', '0.04')    # no KL here
     for given, _ in run.calls['policy_loss']:
-        assert set(given[4].tolist()) == {0, 1}  # flat groups here are those without a right one
+        assert set(given[4].tolist()) == {0, 1}  # groups without a right one are left out
     for group in run.groups:
         assert group.correct.tolist() == [float('m' in text) for text in group.texts]
     assert run.calls['policy_loss'] and 'ratio' not in run.log[0]
+    assert run.log[0]['flat_groups'] == 1
 
 
 def test_the_prefill_is_rewarded_and_never_masked(monkeypatch, tmp_path):
