@@ -110,7 +110,7 @@ FLAGS = {
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '48,96', '128,256,512',
-         'completion lengths; steps in proportion, but at least one per block'),
+         'completion lengths; steps in proportion'),
         ('eval_every', 0, 0, 'iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
 }
@@ -258,7 +258,7 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     rows = []
     for group in groups:
         rows.append(dict(reward=group.rewards.mean().item(),
-                         flat_groups=float(not group.advantages.any()),      # equal rewards
+                         flat_groups=float((group.rewards == group.rewards[0]).all()),
                          length=group.completion_mask.sum(1).float().mean().item()))
     stats = gather(stats)
     line = dict(stage='grpo', step=step) | means(gather(rows)) | means(stats)
@@ -403,8 +403,8 @@ def evaluate(args, model, tokenizer, test_sets, stage):
 
 
 def eval_steps(args, length):
-    """As many per token as in rollouts, half a one in d1, but at least one per block."""
-    return max(length * args.steps // args.gen_length, length // args.block_length)
+    """As many per token as in rollouts: half a one in d1."""
+    return length * args.steps // args.gen_length
 
 
 def read_results(args):
@@ -443,7 +443,7 @@ def graded_items(task, texts, examples, tokens):
 
 def scores_without_a_model(args, tokenizer, test_sets):
     """Rows for results.json: one answer to all, and a task's rule, which looks at the problem."""
-    results = dict(constant={})
+    results = {}
     for name, problems in test_sets.items():
         task = problems[0][0]
         examples = [example for _, _, example in problems]
@@ -475,12 +475,14 @@ def table(args, results):
         lines.append(' ' * 24 + ''.join(f'{length:<40}' for length in args.eval_lengths))
         for stage, scores in results.items():
             if test_set in scores:               # not every task has a rule
-                cells = [cell(scores[test_set][str(length)]) for length in args.eval_lengths]
+                cells = [cell(scores[test_set].get(str(length))) for length in args.eval_lengths]
                 lines.append(f'{names.get(stage, stage):24}' + ''.join(cells))
     return '\n'.join(lines)
 
 
 def cell(score):
+    if not score:                                # a resumed run was given another length
+        return ' ' * 40
     names = ('accuracy', 'low', 'high', 'share')
     accuracy, low, high, share = [100 * score[name] for name in names]
     text = f'{accuracy:5.1f} [{low:.1f}, {high:.1f}]'
@@ -651,11 +653,8 @@ def save_model(folder, model, source):
         return
     new = Path(f'{folder}.new')
     shutil.rmtree(new, ignore_errors=True)
-    try:
-        model.save_pretrained(new)
-        save_tokenizer(new, source)
-    except Exception as e:                       # safetensors has error types of its own
-        raise OSError(f'{new} cannot be written ({e})') from None
+    model.save_pretrained(new)
+    save_tokenizer(new, source)
     shutil.rmtree(folder, ignore_errors=True)
     new.replace(folder)
 
@@ -664,10 +663,11 @@ def save_model(folder, model, source):
 
 def preset(model):
     """Which column of FLAGS a model takes: 'nano' for the nano base and what runs made of it."""
-    is_nano = model == 'nano'
-    if Path(model, 'config.json').exists():
-        is_nano = 'nano' in read_json(model, 'config.json')
-    return 'nano' if is_nano else 'LLaDA'
+    if model == 'nano':
+        return 'nano'
+    if Path(model, 'config.json').exists() and 'nano' in read_json(model, 'config.json'):
+        return 'nano'                            # make.py writes this key, a run copies it
+    return 'LLaDA'
 
 
 def defaults(model, task=''):
@@ -718,6 +718,8 @@ def check(args):
     args.lora_targets = args.lora_targets.split(',')
     if not set(args.lora_targets) <= set(LORA_LAYERS):
         raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}')
+    if args.loss in ('wd1', 'rejection'):        # which have no KL term
+        args.beta = 0.0
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions')
     if args.p_mask_prompt > 1:
@@ -772,7 +774,8 @@ def run_folder(args):
     if not Path(last, 'config.json').exists():   # killed before it had written any
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
-        if flag not in ('resume', 'folder') and before != vars(args).get(flag, before):
+        now = vars(args).get(flag, before)       # a flag that is no more has not changed
+        if flag not in ('resume', 'folder') and before != now:
             print0(f'note: {last} was begun with another --{flag}: {before}')
     return str(last)
 

@@ -545,6 +545,15 @@ def test_more_lengths_with_resume_are_evaluated_right_or_refused(out):
     assert results(out / 'longer') == results(out / 'whole')
 
 
+def test_what_was_evaluated_on_the_way_stays_as_it_was_with_more_lengths(out, capsys):
+    flags = ['--stages', 'grpo', '--eval_every', '1', '--eval_lengths']
+    folder = run(out, 'midway', *flags, '8')
+    run(out, 'midway', *flags, '8,16', '--resume')
+    found = {stage: set(scores['gsm8k']) for stage, scores in results(folder).items()}
+    assert found['grpo-1'] == {'8'} and found['grpo'] == {'8', '16'}
+    assert 'grpo-1 ' in capsys.readouterr().out
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(out):
     folder = stop(out, 'full', 5)
     kept = last_checkpoint(folder).read_bytes()
