@@ -103,9 +103,9 @@ def stray_answer(text):
 
     So does the official evaluation look for it; '' if there is none.
     """
-    rest = text.rpartition('</answer>')[2]           # after the tags, or all of it
+    _, closed, rest = text.rpartition('</answer>')   # without such a tag rest is all of it
     _, opened, cut = rest.rpartition('<answer>')
-    after = cut if opened or rest != text else ''
+    after = cut if opened or closed else ''
     for place in final_answer(text), last_box(text) or '', re.sub(r'</?[a-z]*\Z', '', after):
         if len(place) <= MAX_ANSWER and re.search('[0-9]', place):
             return place.strip()
@@ -294,7 +294,7 @@ def equation_value(equation, numbers):
 def grade_countdown(completion, example):
     """1 if the equation has each number once and hits the target, 0.1 if just the numbers.
 
-    Of 3 * 4 + 5 = 17 the left side counts.
+    Of 3 * 4 + 5 = 17 the left side counts. Right, though not paid: a stray equation that hits it.
     """
     text = visible(completion)
     numbers, target = example['answer']
@@ -333,7 +333,7 @@ def sudoku_row(row):
     """Sudoku: Puzzle, Solution; 16 digits row by row, 0 = empty; integers lack leading zeros."""
     puzzle = str(column(row, 'Puzzle', object)).zfill(16)
     solution = str(column(row, 'Solution', object))
-    fitting = puzzle.replace('0', '[1-4]') if PUZZLE.fullmatch(puzzle) else '$'
+    fitting = puzzle.replace('0', '[1-4]') if PUZZLE.fullmatch(puzzle) else '(?!)'
     if not re.fullmatch(fitting, solution):
         raise ValueError(f'{puzzle[:40]!r} and {solution[:40]!r} are no 4x4 puzzle and solution')
     return dict(question=f'Puzzle: {puzzle}', answer=solution)
@@ -441,7 +441,7 @@ def blocks_of(text):
     return [textwrap.dedent(INFO.sub('', block, 1)) for _, block in FENCED.findall(text)]
 
 
-def code_of(completion, name=None):
+def code_of(completion, name):
     """The last block that defines the function, in the answer tags or else anywhere, '' if none.
 
     Without fences the tags hold the program.
@@ -449,7 +449,7 @@ def code_of(completion, name=None):
     text = visible(completion)
     _, opened, cut = text.rpartition('<answer>')
     inside = between_tags(text) or (cut if opened else '')
-    defines = re.compile(rf'^[ \t]*(?:(?:async )?def +{name or ""}\b|{name or "def"} *=)', re.M)
+    defines = re.compile(rf'^[ \t]*(?:(?:async )?def +{name}\b|{name} *=)', re.M)
     programs = [*blocks_of(text), textwrap.dedent(inside), *blocks_of(inside)]
     for program in reversed(programs):
         if defines.search(program):

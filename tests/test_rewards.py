@@ -417,6 +417,7 @@ BAD_ROWS = [
     ('countdown', dict(nums=[1.5, 2, 3], target=4)), ('sudoku', dict(Puzzle='1', Solution='2')),
     ('countdown', dict(nums=[3, 4, 5, 6], target=18)), ('sudoku', dict(Puzzle=GRID, Solution=GRID)),
     ('sudoku', dict(Puzzle='1320004330100004', Solution=GRID)), ('code', dict(question='q')),
+    ('sudoku', dict(Puzzle=GRID, Solution='')),
     ('code', dict(question='q', test='def (')), ('code', dict(question='q', test=FIXTURE)),
     ('code', dict(question='q', test='import nowhere_to_be_found\n' + CALLS_F.format('f', 'f'))),
     ('code', dict(question='q', test='from solution import S\ndef test_a(): assert S().f() == 2',
