@@ -54,6 +54,8 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     """
     mask_id = model.config.mask_id
     views = views or [whole_view(completion_ids)]
+    if completion_mask is None:
+        completion_mask = torch.ones_like(completion_ids, dtype=torch.bool)
     prompt = prompt_ids.masked_fill(prompt_mask, mask_id)                    # (B, P): q'
     if isinstance(views, Exact):
         return exact_logps(model, prompt, completion_ids, completion_mask, *views)
@@ -61,9 +63,7 @@ def completion_logps(model, prompt_ids, completion_ids, prompt_mask, completion_
     for view in views:
         completion = completion_ids.masked_fill(view.masked, mask_id)        # (B, L)
         ids = torch.cat((prompt, completion), dim=1)                         # (B, T)
-        scored = view.scored
-        if completion_mask is not None:
-            scored = scored & completion_mask
+        scored = view.scored & completion_mask
         logps = logps + view.weight * model.token_logps(ids, completion_ids, scored)
     return logps
 
@@ -135,7 +135,10 @@ def draw_views(estimator, num_views, completion_ids, commit_steps, generator=Non
 # ---- the exact likelihood of the sampler ----
 
 def drawn_tokens(completion_mask, block_length):
-    """completion_mask (B, L) -> (B, L) bool: all that the sampler drew, to the end of a block."""
+    """completion_mask (B, L) -> (B, L) bool: all that the sampler drew.
+
+    It fills the block of an end to its last mask; in later blocks it writes eos without drawing.
+    """
     lengths = completion_mask.sum(dim=1, keepdim=True)                       # (B, 1)
     blocks = (lengths - 1) // block_length + 1
     position = torch.arange(completion_mask.size(1), device=completion_mask.device)
@@ -162,6 +165,7 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
     positions = prompt_ids.size(1) + torch.arange(L, device=prompt_ids.device).expand(B, L)
     total = torch.zeros(B, L, device=prompt_ids.device)
     for step in range(int(commit_steps.max()) + 1):
+        # what was not drawn has the number of the row's last step
         committed = drawn & (commit_steps == step)                           # (B, L): S
         in_block = committed.view(B, -1, block_length).any(dim=2)            # (B, blocks)
         in_block = in_block.repeat_interleave(block_length, dim=1)           # (B, L)
@@ -183,7 +187,8 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
         product = others.sum(dim=1, keepdim=True)                            # (B, 1), a log
         share = product / committed.sum(dim=1, keepdim=True).clamp(min=1)    # of each token
         total = total + (own + share).masked_fill(~committed, 0)
-    # what was drawn after the end goes to the end, the last token of completion_mask
+    # what was drawn after an end, in its block, is added to the end's own
+    counted = total.masked_fill(~completion_mask, 0)                         # (B, L)
     after_end = total.masked_fill(completion_mask, 0).sum(dim=1, keepdim=True)       # (B, 1)
-    last = completion_mask.sum(dim=1, keepdim=True) - 1                      # (B, 1): its place
-    return total.masked_fill(~completion_mask, 0).scatter_add(1, last, after_end)
+    end = completion_mask.sum(dim=1, keepdim=True) - 1                       # (B, 1): its place
+    return counted.scatter_add(1, end, after_end)

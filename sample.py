@@ -132,7 +132,6 @@ def check_lengths(gen_length, block_length, steps):
 
 # ---- fewer or cheaper steps, for other tokens: a cache, a threshold ----
 
-@torch.no_grad()
 def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperature, attention_mask,
                   generators, cache, threshold):
     """generate with the two short cuts of Fast-dLLM (arXiv 2505.22618); neither is exact.

@@ -8,10 +8,9 @@ train.py; python train.py --stages sft runs it alone.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import rewards
-from sample import chat, left_pad, shuffled, torch_stream
+from sample import chat, left_pad, pad_mask, shuffled, torch_stream
 
 
 # ---- noise and loss ----
@@ -36,8 +35,7 @@ def answer_logps(model, prompts, answers, masked):
     prompts: B lists of ids; answers (B, L); masked (B, L) bool.
     """
     prompt_ids, attention_mask = left_pad(prompts, model.config.eos_id, answers.device)
-    if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (0, answers.size(1)), value=True)     # (B, T)
+    attention_mask = pad_mask(attention_mask, answers.size(1))                       # (B, T)
     noisy = answers.masked_fill(masked, model.config.mask_id)
     ids = torch.cat((prompt_ids, noisy), dim=1)                                      # (B, T)
     return model.token_logps(ids, answers, masked, attention_mask)
