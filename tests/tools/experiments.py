@@ -68,13 +68,18 @@ METHODS = {
     'wd1': '--loss wd1', 'espo': '--loss espo --estimator coupled', 'stable': '--loss stable',
     'left_to_right': '--block_length 1 --steps 48 --estimator ar --p_mask_prompt 0 '
                      '--num_prompts 4 --num_iterations 1',
-    'rejection': '--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0',
-    'mu12-random': '--num_iterations 12', 'mu12-fixed': '--num_iterations 12 --fixed_mask',
-    'pmask0.5': '--p_mask_prompt 0.5', 'beta0.04': '--beta 0.04'}
-KINDS |= {f'{start}-{name}': (['countdown'], start,
-                              f'--stages grpo --eval_lengths 48 {ASKERS} {flags}')
+    'rejection': '--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0'}
+ONE_CHANGE = f'--stages grpo --eval_lengths 48 {ASKERS}'
+KINDS |= {f'{start}-{name}': (['countdown'], start, f'{ONE_CHANGE} {flags}')
           for start in ('base', 'sft') for name, flags in METHODS.items()}
 FROM_BASE = ['grpo', *[f'base-{name}' for name in METHODS]]
+# The paper's ablations; random or fixed: another prompt mask for each of the mu updates, or one.
+ABLATIONS = {f'mu{mu}-{masks}': f'--num_iterations {mu} {flag}'
+             for mu in (2, 12, 24) for masks, flag in (('random', ''), ('fixed', '--fixed_mask'))}
+ABLATIONS |= {'pmask0': METHODS['pmask0'], 'pmask0.5': '--p_mask_prompt 0.5',
+              'beta0.04': '--beta 0.04', 'length96': '--gen_length 96 --steps 48'}
+KINDS |= {f'base-{name}': (['countdown', 'gsm8k'], 'base', f'{ONE_CHANGE} {flags}')
+          for name, flags in ABLATIONS.items()}
 
 
 # ---- cells ----
@@ -564,6 +569,20 @@ def methods_table(rows, drifts):
                        ', '.join(f"{row['kl']:.1f}" for row in drifts if row['stage'] == kinds[0])])
 
 
+def ablations_table(rows):
+    """Countdown and word problems from the base, after each of the paper's ablations."""
+    print('\nOne change each from the base: accuracy in % at 48 tokens (seconds per iteration)\n')
+    print_head(['change', NAMES['countdown'], NAMES['gsm8k']])
+    for kind in ['grpo', *[f'base-{name}' for name in ABLATIONS]]:
+        cells = []
+        for task in ('countdown', 'gsm8k'):
+            some = [row for row in rows if row['kind'] == kind and row['tasks'] == task]
+            seconds = [median(row['curve']['seconds']) for row in some]
+            cell = spread(scores(some, kind, 'grpo', task, 48))
+            cells.append(f'{cell} ({mean(seconds):.1f} s)' if some else '-')
+        print_row([kind, *cells])
+
+
 def skill_table(rows, passk):
     print('\nCountdown asked by nobody: accuracy in % after so many iterations\n')
     print_head(['estimator', 0, 50, 100, 150, 200, 'seconds'])
@@ -871,6 +890,7 @@ def tables_and_figures(args):
         table_1(rows, task)
     table_1(rows, 'sudoku', 'share')
     methods_table(rows, rows_of(args.drift))
+    ablations_table(rows)
     skill_table(rows, rows_of(args.passk))
     truth_table(truth_rows)
     for show, path in ((parts_table, args.parts), (noise_table, args.noise)):
