@@ -77,7 +77,8 @@ FROM_BASE = ['grpo', *[f'base-{name}' for name in METHODS]]
 ABLATIONS = {f'mu{mu}-{masks}': f'--num_iterations {mu} {flag}'
              for mu in (2, 12, 24) for masks, flag in (('random', ''), ('fixed', '--fixed_mask'))}
 ABLATIONS |= {'pmask0': METHODS['pmask0'], 'pmask0.5': '--p_mask_prompt 0.5',
-              'beta0.04': '--beta 0.04', 'length96': '--gen_length 96 --steps 48'}
+              'beta0.04': '--beta 0.04', 'length96': '--gen_length 96 --steps 48',
+              'temperature0.5': '--temperature 0.5'}
 KINDS |= {f'base-{name}': (['countdown', 'gsm8k'], 'base', f'{ONE_CHANGE} {flags}')
           for name, flags in ABLATIONS.items()}
 
