@@ -188,12 +188,12 @@ def run_cell(args, base, kind, tasks):
 def samples(args, base, task, stage, num_problems, k):
     """Samples in any order and left to right of a model that thinks; for passk.jsonl.
 
-    The base is asked by nobody, the models after it by people, as they were trained.
+    The base is asked by nobody, the models after it as they were trained.
     """
     folder, data = model_of_stage(args, base, task, stage)
     model, tokenizer = load(str(folder))
     line = dict(base=base, task=task, stage=stage, problems=num_problems, k=k)
-    asked_by = NOBODY if stage == 'base' else ASKERS
+    asked_by = NOBODY if stage == 'base' or stage.startswith('skill') else ASKERS
     for order in ('any order', 'left to right'):
         settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
                                f'--eval_n {num_problems} {asked_by}'.split())
@@ -856,7 +856,7 @@ def debates_figure(passk, parts, folder):
 
 
 STAGES = ('base', 'sft', 'd1')
-SAMPLED = ('base', 'grpo', 'base-pmask0', 'base-stepmerge4', 'base-exact')
+SAMPLED = ('base', 'grpo', 'base-pmask0', 'base-stepmerge4', 'base-exact', 'skill-stepmerge8')
 # kind -> its function, its stages, its amounts (prompts, groups, samples, draws), few for --quick
 STUDIES = {'passk': (samples, SAMPLED, (256, 8), (8, 8)),
            'truth': (truth, STAGES, (8, 4), (2, 2)),
