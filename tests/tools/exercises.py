@@ -68,8 +68,8 @@ For the teacher:
 
 For the student: {number} functions have lost their bodies; their docstrings say what they do, and
 the paper is d1 (arXiv 2504.12216). Solve them in this order. After number {CORE}
-`python train.py --task gsm8k` works. Its rows before RL should be those of the project's README to
-the digit; d1's is a few points off where a solution draws its random numbers in another order. Each
+`python train.py --task gsm8k` works. Its base should have 20.3 % at 48 tokens, SFT about 42 and d1
+about 95: a few points off where a solution draws its random numbers in another order. Each
 of the others adds something, and what it says to try goes behind
 `python train.py --task countdown --stages grpo`.
 '''
