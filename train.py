@@ -109,8 +109,7 @@ FLAGS = {
         ('gradient_checkpointing', False, True, 'recompute activations in the backward pass')],
     'evaluation and files': [
         ('eval_n', 256, 0, 'test problems (0 = all)'),
-        ('eval_lengths', '48,96', '128,256,512',
-         'completion lengths; steps in proportion'),
+        ('eval_lengths', '48,96', '128,256,512', 'completion lengths; steps in proportion'),
         ('eval_every', 0, 0, 'iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
 }

@@ -79,6 +79,7 @@ ABLATIONS = {f'mu{mu}-{masks}': f'--num_iterations {mu} {flag}'
 ABLATIONS |= {'pmask0': METHODS['pmask0'], 'pmask0.5': '--p_mask_prompt 0.5',
               'beta0.04': '--beta 0.04', 'length96': '--gen_length 96 --steps 48',
               'temperature0.5': '--temperature 0.5'}
+# pmask0, a method, too, gets its second task here
 KINDS |= {f'base-{name}': (['countdown', 'gsm8k'], 'base', f'{ONE_CHANGE} {flags}')
           for name, flags in ABLATIONS.items()}
 
@@ -634,13 +635,14 @@ def noise_table(rows):
     print("\nSignal in a group's gradient, % (error); its cosine with the exact signal (error)\n")
     print_head(['base', 'task', 'stage', 'asked by', 'exact', *NOISY])
     for row, asked_by in itertools.product(rows, ('people', 'nobody')):
-        cells = []
+        exact, cells = row[asked_by]['exact'], []
         for name in ('exact', *NOISY):
-            both = row[asked_by]['exact'], row[asked_by][name]
-            values = both[1]
-            cells.append(f"{100 * values['share']:.1f} ({100 * values['share_error']:.1f})")
-            if name != 'exact' and all(some['share'] > 2 * some['share_error'] for some in both):
-                cells[-1] += f", {values['cosine']:.2f} ({values['cosine_error']:.2f})"
+            values = row[asked_by][name]
+            cell = f"{100 * values['share']:.1f} ({100 * values['share_error']:.1f})"
+            both_seen = all(some['share'] > 2 * some['share_error'] for some in (exact, values))
+            if name != 'exact' and both_seen:
+                cell += f", {values['cosine']:.2f} ({values['cosine_error']:.2f})"
+            cells.append(cell)
         print_row([row['base'], row['task'], row['stage'], asked_by, *cells])
 
 
