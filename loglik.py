@@ -112,9 +112,9 @@ def draw_views(estimator, num_views, completion_ids, commit_steps, generator=Non
                block_length=None, temperature=None):
     """The views of an estimator; completion_ids, commit_steps (B, L): see sample.generate.
 
-    'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165), which is
-    exact for rollouts in blocks of one token. block_length, temperature: the sampler's, which
-    'exact' alone needs.
+    'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165): for rollouts
+    in blocks of one token exact, but for their temperature and for what the mask itself has of p.
+    block_length, temperature: the sampler's, which 'exact' alone needs.
     """
     if estimator == 'coupled':
         return coupled_views(completion_ids, generator)

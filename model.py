@@ -346,8 +346,9 @@ def save_adapter(folder, model, base_name):
     Path(folder, 'adapter_config.json').write_text(json.dumps(config, indent=2))
 
 
-# What adapter_config.json may say, the default first; others are adapters of another kind. Of the
-# ways to begin, pissa, olora, corda, loftq and lora_ga change W.
+# What adapter_config.json may say, spelled as there; other values are adapters of another kind. A
+# key that is missing has the first value. Of the ways to begin, pissa, olora, corda, loftq and
+# lora_ga change W.
 PLAIN_LORA = json.loads('''{
     "peft_type": ["LORA"], "bias": ["none"], "lora_bias": [false], "fan_in_fan_out": [false],
     "init_lora_weights": [true, false, null, "gaussian", "eva", "orthogonal", "mica"],

@@ -140,7 +140,7 @@ def number(text, which=0):
 def gsm8k_row(row):
     """GSM8K: question, answer (worked text, then #### 18)."""
     _, marker, final = column(row, 'answer').rpartition('####')
-    if not marker or number(final) is None:
+    if not marker or not NUMBER.fullmatch(plain_latex(final)):
         raise ValueError("column 'answer' does not end in #### and a number")
     return dict(question=column(row, 'question'), answer=number(final))
 
@@ -192,8 +192,8 @@ def grade_gsm8k(completion, example):
 
 
 GSM8K = Task(f'Solve this word problem. {FORM}one number in digits, without unit or words.',
-             grade_gsm8k, gsm8k_row, ([('openai/gsm8k', 'main', 'train')],
-                                      [('openai/gsm8k', 'main', 'test')]), '12')
+             grade_gsm8k, gsm8k_row, constant_answer='12',
+             datasets=([('openai/gsm8k', 'main', 'train')], [('openai/gsm8k', 'main', 'test')]))
 
 
 # ---- math: equations, or MATH ----
@@ -203,8 +203,8 @@ def math_row(row):
     answer = row.get('answer')
     if answer in (None, ''):
         answer = last_box(column(row, 'solution'))
-    if answer is None:
-        raise ValueError("column 'solution' has no \\boxed{answer}")
+    if answer is None or not latex_key(str(answer)):
+        raise ValueError("no column 'answer', and no \\boxed{answer} in 'solution'")
     return dict(question=column(row, 'problem'), answer=str(answer))
 
 
@@ -248,8 +248,8 @@ def grade_math(completion, example):
 
 
 MATH = Task(f'Solve this problem. {FORM}one LaTeX expression inside \\boxed{{}}.', grade_math,
-            math_row, ([('ankner/math-500', None, 'train')], [('ankner/math-500', None, 'test')]),
-            '\\boxed{6}')
+            math_row, constant_answer='\\boxed{6}',
+            datasets=([('ankner/math-500', None, 'train')], [('ankner/math-500', None, 'test')]))
 
 
 # ---- countdown: reach a target with three numbers ----
@@ -278,6 +278,8 @@ def value_of(node):
             return Fraction(number)
         case ast.UnaryOp(ast.USub(), operand):
             return -value_of(operand)
+        case ast.UnaryOp(ast.UAdd(), operand):
+            return value_of(operand)
         case ast.BinOp(left, op, right):             # no ** and //
             return OPERATIONS[type(op)](value_of(left), value_of(right))
 
@@ -321,7 +323,8 @@ def countdown_rule(example):
 COUNTDOWN = Task(
     'Reach the target from the numbers with + - * / and parentheses, taking every number exactly '
     f'once. {FORM}only the expression, such as (5 - 2) * 7.', grade_countdown, countdown_row,
-    ([('Jiayi-Pan/Countdown-Tasks-3to4', None, 'train')], []), '1+2+3', countdown_rule)
+    datasets=([('Jiayi-Pan/Countdown-Tasks-3to4', None, 'train')], []), constant_answer='1+2+3',
+    rule=countdown_rule)
 
 
 # ---- sudoku: 4 x 4 ----
@@ -371,7 +374,7 @@ def sudoku_rule(example):
 SUDOKU = Task(
     'Fill this 4x4 Sudoku, given row by row with 0 for an empty cell, so that each row, column and '
     f'2x2 box has 1, 2, 3 and 4. {FORM}the full grid, row by row, as 16 digits.', grade_sudoku,
-    sudoku_row, ([], []), 16 * '1', sudoku_rule)
+    sudoku_row, datasets=([], []), constant_answer=16 * '1', rule=sudoku_rule)
 
 
 # ---- code: write a function that passes tests ----
@@ -418,6 +421,7 @@ def tested_names(tests, solution):
         own.add(getattr(node, 'name', ''))           # of a function, a class, an import
         match node:
             case ast.ImportFrom(module='solution'):
+                # from solution import f as g: then g(...) calls f
                 imported |= {alias.asname or alias.name: alias.name for alias in node.names}
             case ast.Call(ast.Name(name)) | ast.Call(ast.Attribute(ast.Name('solution'), name)):
                 called.append(imported.get(name, name))
@@ -466,9 +470,10 @@ def grade_code(completion, example):
 
 CODE = Task(f'Write this Python function. {FORM}the whole function with the imports it needs (of '
             "Python's own library only), and no other text.", grade_code, code_row,
-            ([('KodCode/KodCode-Light-RL-10K', None, 'train')],
-             [('openai/openai_humaneval', None, 'test'),
-              ('google-research-datasets/mbpp', None, 'test')]), 'def f(x): return x')
+            datasets=([('KodCode/KodCode-Light-RL-10K', None, 'train')],
+                      [('openai/openai_humaneval', None, 'test'),
+                       ('google-research-datasets/mbpp', None, 'test')]),
+            constant_answer='def f(x): return x')
 
 
 JUDGE = str(FOLDER / 'assets/judge.py')      # it says what protects from the program, and what not
@@ -520,7 +525,7 @@ def grade_all(task_name, completions, examples):
         return list(pool.map(TASKS[task_name].grade, completions, examples))
 
 
-def is_sound(task_name, example):
+def is_sound(example):
     """False for a code problem that its own solution does not pass: nobody can."""
     return not example.get('solution') or run_tests(example['solution'], **example['answer']) == 1.0
 

@@ -257,6 +257,7 @@ def newest_model():
 def main():
     import rewards
     import train
+    from grpo import up_to_end
     from model import load
 
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -290,7 +291,8 @@ def main():
             model, torch.tensor([prompt], device=device), gen_length, defaults.block_length,
             steps, args.temperature, args.cfg_scale, threshold=args.threshold,
             generators=[torch.Generator(device).manual_seed(args.seed)])
-        show(tokenizer, model.config, ids[0], commit_steps[0])
+        kept = up_to_end(ids, model.config.end_ids)[0]           # all that is graded
+        show(tokenizer, model.config, ids[0][kept], commit_steps[0][kept])
 
 
 if __name__ == '__main__':

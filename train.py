@@ -76,9 +76,9 @@ FLAGS = {
         ('num_iterations', 4, 12, 'updates per iteration, on the same rollouts (mu)'),
         ('p_mask_prompt', 0.15, 0.15, 'probability to mask a prompt token (p_mask)'),
         ('fixed_mask', False, False, 'the same prompt mask and views in all mu updates'),
-        ('epsilon', 0.5, 0.5, 'clip range of the ratio (epsilon)'),
-        ('beta', 0.0, 0.04, 'weight of the KL term (beta)'),
-        ('norm', 'token', 'token', 'mean over all tokens, or per sequence and then over them',
+        ('epsilon', 0.5, 0.5, 'clip range of the ratio (epsilon), where the loss has one'),
+        ('beta', 0.0, 0.04, 'weight of the KL term (beta); wd1 and rejection have none'),
+        ('norm', 'token', 'token', 'of loss grpo: mean over all tokens, or per sequence first',
          ['token', 'sequence']),
         ('divide_by_std', False, False, "divide advantages by their group's standard deviation"),
         ('loss', 'grpo', 'grpo', 'of the policy; grpo.py has the others',
@@ -116,6 +116,8 @@ FLAGS = {
 # The smallest number of these is 1, of all others 0.
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
                 'sft_length', 'micro_batch', 'save_every')
+# A resumed run may change other flags; with these its table would mix what cannot be compared.
+KEPT_BY_RESUME = ('sft_steps', 'eval_n', 'eval_data', 'askers', 'prefill')
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20),                       # a short first run
              'sudoku': dict(block_length=8, steps=48)},          # its digits depend on each other
@@ -136,7 +138,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
     sampling = sampling_knobs(args, args.gen_length, args.steps, args.temperature)
     prompts_per_call = max(1, args.sample_batch // args.num_generations)
     num_prefill = len(prefill_ids(args, tokenizer))
-    start = load_checkpoint(args, 'grpo', model, optimizer)
+    start = load_checkpoint(args, 'grpo', args.grpo_steps, model, optimizer)
     for param_group in optimizer.param_groups:   # a resumed run may have been given another rate
         param_group['lr'] = args.learning_rate
     for step in progress_bar('grpo', start, args.grpo_steps):                                  # 2
@@ -200,7 +202,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
 def train_sft(args, model, pairs):
     """Masked SFT (d1, Algorithm 2) on pairs of (prompt ids, answer ids)."""
     optimizer = adamw(model, args.sft_learning_rate)
-    start = load_checkpoint(args, 'sft', model, optimizer)
+    start = load_checkpoint(args, 'sft', args.sft_steps, model, optimizer)
     for step in progress_bar('sft', start, args.sft_steps):
         began = time.time()
         warm_up = min(1, 20 * (step + 1) / args.sft_steps)       # over the first 5 % of the steps
@@ -296,10 +298,9 @@ def means(rows):
 class Problems:
     """The training problems of all tasks, as one endless stream in which the tasks take turns."""
 
-    def __init__(self, args, tokenizer, test_sets):
+    def __init__(self, args, tokenizer, tested=()):
+        """tested: (task, key) of the problems to leave out."""
         self.args, self.tokenizer = args, tokenizer
-        tested = {(task, example['key'])
-                  for problems in test_sets.values() for task, _, example in problems}
         self.examples = {}                       # task -> its training examples
         for task, source in args.data.items():
             examples = rewards.load_examples(task, source, 'train', args.askers)
@@ -310,6 +311,8 @@ class Problems:
                        'problems, too, and left out')
             if not self.examples[task]:
                 raise ValueError(f'--data: no training problem of {task} is left')
+        for index in range(len(args.tasks)):
+            self.draw(index)                     # so that a task without any shows at once
 
     def draw(self, index):
         """Problem number index: task, prompt ids, example; another for one that cannot be used."""
@@ -319,7 +322,7 @@ class Problems:
             i = problem_index + attempt * 10 ** 9                # far along the stream
             example = shuffled(self.examples[task], i, self.args.seed, task)
             prompt_ids = encode(self.args, self.tokenizer, task, example)
-            if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(task, example):
+            if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
                 return task, prompt_ids, example
         raise ValueError(f'{task}: no training problem fits --max_prompt {self.args.max_prompt} '
                          'and is passed by its own solution')
@@ -336,8 +339,12 @@ def prefill_ids(args, tokenizer):
 
 
 def load_test_sets(args, tokenizer):
-    """{name: [(task, prompt ids, example)]}: a set per task; on the hub code has two, code-NAME."""
-    test_sets = {}
+    """The test sets, {name: [(task, prompt ids, example)]}, and the keys of all test problems.
+
+    A set per task; on the hub code has two, code-NAME. The keys, {(task, key)}, are those of the
+    problems that are not asked, too.
+    """
+    test_sets, tested = {}, set()
     for task, source in args.eval_data.items():
         hub = rewards.TASKS[task].datasets[1]
         named = {task: source}
@@ -346,7 +353,8 @@ def load_test_sets(args, tokenizer):
         for name, one_source in named.items():
             examples = rewards.load_examples(task, one_source, 'test', args.askers)
             test_sets[name] = fitting_problems(args, tokenizer, name, task, examples)
-    return test_sets
+            tested |= {(task, example['key']) for example in examples}
+    return test_sets, tested
 
 
 def fitting_problems(args, tokenizer, name, task, examples):
@@ -450,12 +458,14 @@ def scores_without_a_model(args, tokenizer, test_sets):
         rule = rewards.TASKS[task].rule
         if rule:
             answers['rule'] = [rule(example) for example in examples]
-        for row, replies in answers.items():
+        for kind, replies in answers.items():
             texts = [rewards.tagged('', reply) for reply in replies]
             ids = tokenizer(texts, add_special_tokens=False)['input_ids']
             tokens = [len(text_ids) + 1 for text_ids in ids]     # and the end
             score = rewards.summary(graded_items(task, texts, examples, tokens))
-            results.setdefault(row, {})[name] = {str(length): score for length in args.eval_lengths}
+            # the same at every length
+            results.setdefault(kind, {})[name] = {str(length): score
+                                                  for length in args.eval_lengths}
     return results
 
 
@@ -609,10 +619,11 @@ def save_checkpoint(args, stage, step, steps, model, optimizer):
                                         optimizer=optimizer.state_dict()))
 
 
-def load_checkpoint(args, stage, model, optimizer):
+def load_checkpoint(args, stage, steps, model, optimizer):
     """The step to begin a stage with: 0, or its checkpoint's, whose content is put in place.
 
-    The logs are cut back to that step.
+    The logs are cut back to that step; scores of an earlier end of the stage go, for a run may be
+    given more steps.
     """
     path = Path(args.folder, f'{stage}.pt')
     start = 0
@@ -631,6 +642,10 @@ def load_checkpoint(args, stage, model, optimizer):
         lines = [json.dumps(row) + '\n' for row in read_log(args, name)
                  if row['stage'] != stage or row['step'] < start]
         write(args, name, ''.join(lines).encode())
+    results = read_results(args)
+    if start < steps and stage in results:
+        del results[stage]
+        write_json(args, 'results.json', results)
     return start
 
 
@@ -641,7 +656,7 @@ def trained_weights(args, model):
 
 
 def keep_adapter(args, model, name):
-    """All adapters as one, in the layout of the peft library; without LoRA there are none."""
+    """Writes all adapters as one, in the layout of the peft library; without LoRA nothing."""
     if args.lora_rank and rank() == 0:
         save_adapter(Path(args.folder, name), model, args.model)
 
@@ -721,8 +736,9 @@ def check(args):
         args.beta = 0.0
     if args.num_generations < 2:
         raise ValueError('--num_generations must be at least 2: an advantage compares completions')
-    if args.p_mask_prompt > 1:
-        raise ValueError(f'--p_mask_prompt {args.p_mask_prompt} is a probability: at most 1')
+    for name in ('p_mask_prompt', 'threshold'):
+        if getattr(args, name) > 1:
+            raise ValueError(f'--{name} {getattr(args, name)} is a probability: at most 1')
     for name, value in vars(args).items():
         least = 1 if name in AT_LEAST_ONE else 0
         if isinstance(value, (int, float)) and not value >= least:           # nan is not, either
@@ -733,9 +749,9 @@ def check(args):
     if args.instructions:
         args.instructions = Path(args.instructions).read_text().strip()
     args.prefill = args.prefill.replace('\\n', '\n')             # a shell passes on the two signs
-    args.askers = args.askers.split(',') if args.askers else []
-    if not all(args.askers):
-        raise ValueError('--askers takes names, such as Ann,Ben')
+    args.askers = [name.strip() for name in args.askers.split(',')] if args.askers else []
+    if not all(args.askers) or ('nobody' in args.askers and len(args.askers) > 1):
+        raise ValueError('--askers takes names, such as Ann,Ben, or nobody alone')
     args.data = sources_of(args.tasks, args.data)
     args.eval_data = sources_of(args.tasks, args.eval_data)
     try:
@@ -774,6 +790,9 @@ def run_folder(args):
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
         now = vars(args).get(flag, before)       # a flag that is no more has not changed
+        if flag in KEPT_BY_RESUME and before != now:
+            raise ValueError(f'{last} was begun with another --{flag}: give {before!r}, or leave '
+                             'out --resume')
         if flag not in ('resume', 'folder') and before != now:
             print0(f'note: {last} was begun with another --{flag}: {before}')
     return str(last)
@@ -808,8 +827,8 @@ def main(argv=None):
     if longest > model.config.max_sequence_length:
         raise ValueError(f'--max_prompt and the longest completion make {longest} tokens, but the '
                          f'model takes {model.config.max_sequence_length}: lower one of them')
-    test_sets = load_test_sets(args, tokenizer)
-    problems = Problems(args, tokenizer, test_sets) if 'grpo' in args.stages else None
+    test_sets, tested = load_test_sets(args, tokenizer)
+    problems = Problems(args, tokenizer, tested) if 'grpo' in args.stages else None
     pairs = load_traces(args, tokenizer) if 'sft' in args.stages else None
     args.folder = run_folder(args)
     barrier()                                    # every process has looked before one writes
@@ -820,6 +839,8 @@ def main(argv=None):
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:                             # a graph per kind of call, shared by all blocks
         torch._dynamo.config.recompile_limit = 128               # over torch's 8 they run eagerly
+        # bfloat16 is rounded alike with and without gradients, or old and new log-probs would differ
+        torch._inductor.config.emulate_precision_casts = True
         for block in model.blocks:
             block.compile(dynamic=True)
     results = scores_without_a_model(args, tokenizer, test_sets)
@@ -845,8 +866,9 @@ def run(argv=None):
     """main, with one clear line for what the user can mend."""
     try:
         if 'RANK' in os.environ:                 # torchrun has started us
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+            local_rank = int(os.environ['LOCAL_RANK'])
+            if local_rank < torch.cuda.device_count():
+                torch.cuda.set_device(local_rank)
             # lists and numbers go through gloo, on the CPU; gradients through NCCL
             dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
         main(argv)

@@ -195,12 +195,12 @@ def test_math_format_has_four_levels_and_right_adds_two():
 
 @pytest.mark.parametrize('reward, equations', [
     (1.0, ['3 * 4 + 5', '5 + 3*4 = 17', '\\boxed{(3 \\times 4) + 5}', '3 \\cdot 4 + 5', '3×4+5',
-           '--5+3*4', '5 − −3*4', '\\( 3 \\times 4 + 5 \\)', '$3*4+5$', '3*4+5.',
+           '--5+3*4', '+5+3*4', '5 − −3*4', '\\( 3 \\times 4 + 5 \\)', '$3*4+5$', '3*4+5.',
            '\\[3*4+5 = 17\\]', '$$3*4+5$$', '`3*4+5`', '\\boxed{\\left(3*4\\right)+5}']),
     (0.1, ['3 + 4 + 5', '3 - 4 / 5', '3 \\div 4 - 5', '3÷4+5', '5+4+3 = 17']),
     (0.0, ['3 * 4', '3 * 4 + 5 + 0', '17', '12 + 5', '3 * 4 + 5.0', '3.4 + 5', '3 ** 4 * 5',
            '3 // 4 + 5', '3 / (4 - 4) + 5', '4 % 3 + 5', '', 'x', '(3 * 4 + 5', '3(4)5', '9**9**9',
-           '+3*4+5', '(3, 4, 5)', '٣*4+5', '3 * 4 +' + ' ' * 200 + '5'])])
+           '(3, 4, 5)', '٣*4+5', '3 * 4 +' + ' ' * 200 + '5'])])
 def test_countdown_wants_each_number_once_and_the_target(reward, equations):
     for equation in equations:
         assert grade('countdown', tagged(equation)) == (reward, reward == 1.0), equation
@@ -294,7 +294,7 @@ def test_rows_of_four_data_sets_become_problems_that_name_the_function(name):
     solution = example['solution'] or BODY
     wrong = solution.replace('2 * x', '3 * x').replace('a + b', 'a')
     assert ('sum' if name == 'builtin' else 'f') in example['question'].replace('if', '')
-    assert is_sound('code', example) and grade('code', tagged(solution), **example) == (1.5, True)
+    assert is_sound(example) and grade('code', tagged(solution), **example) == (1.5, True)
     assert grade('code', tagged(wrong), **example) == (0.5, False)
 
 
@@ -306,16 +306,16 @@ def test_the_name_in_the_prompt_is_what_the_tests_call():
     queue = kodcode('from solution import push, pop\ndef test_a():\n    q = []\n    push(q, 1)\n'
                     '    assert q == [1] and pop(q) == 1 and q == []',
                     'def push(q, x): q.append(x)\ndef pop(q): return q.pop()')
-    assert queue['question'].endswith('\nName them push and pop.') and is_sound('code', queue)
+    assert queue['question'].endswith('\nName them push and pop.') and is_sound(queue)
     needs_math = 'def test_a(): assert f(1) == math.tau'
-    assert is_sound('code', kodcode(needs_math, f'import math\n{BODY} * math.pi'))
+    assert is_sound(kodcode(needs_math, f'import math\n{BODY} * math.pi'))
 
 
 def test_a_problem_that_its_own_solution_does_not_pass_is_not_sound():
-    assert not is_sound('code', kodcode(CALLS_F.format('f', 'f'), 'def f(x): return 2'))
-    assert not is_sound('code', kodcode(CALLS_F.format('f', 'f'), 'import numpy\n' + BODY))
-    assert is_sound('code', kodcode(CALLS_F.format('f', 'f')))   # nobody knows
-    assert is_sound('gsm8k', EXAMPLES['gsm8k'])
+    assert not is_sound(kodcode(CALLS_F.format('f', 'f'), 'def f(x): return 2'))
+    assert not is_sound(kodcode(CALLS_F.format('f', 'f'), 'import numpy\n' + BODY))
+    assert is_sound(kodcode(CALLS_F.format('f', 'f')))   # nobody knows
+    assert is_sound(EXAMPLES['gsm8k'])
 
 
 @needs_shared
@@ -325,8 +325,8 @@ def test_humaneval_solutions_pass_and_empty_bodies_fail():
     assert len(examples) == 164
     for example in examples if os.environ.get('ALL') else examples[2::16]:
         name = example['answer']['entry_point']
-        assert is_sound('code', example), name
-        assert not is_sound('code', example | dict(solution=f'def {name}(*given): pass')), name
+        assert is_sound(example), name
+        assert not is_sound(example | dict(solution=f'def {name}(*given): pass')), name
 
 
 # ---- every task ----
@@ -413,6 +413,7 @@ BAD_ROWS = [
     ('gsm8k', dict(question=5, answer='#### 1')), ('gsm8k', dict(question='q', answer='#### six')),
     ('gsm8k', dict(question='\ud800', answer='#### 1')), ('gsm8k', dict(question='q')),
     ('gsm8k', ['q']), ('math', dict(problem='p', solution='18')), ('math', dict(problem='p')),
+    ('gsm8k', dict(question='q', answer='#### 3/4')), ('math', dict(problem='p', answer=' .')),
     ('countdown', dict(input='1,x,3', output='4')), ('countdown', dict(nums=[1, 2, 3])),
     ('countdown', dict(nums=[1.5, 2, 3], target=4)), ('sudoku', dict(Puzzle='1', Solution='2')),
     ('countdown', dict(nums=[3, 4, 5, 6], target=18)), ('sudoku', dict(Puzzle=GRID, Solution=GRID)),

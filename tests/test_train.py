@@ -247,7 +247,8 @@ def tokenizer():
 
 
 def training_problems(args, tokenizer):
-    return train.Problems(args, tokenizer, train.load_test_sets(args, tokenizer))
+    _, tested = train.load_test_sets(args, tokenizer)
+    return train.Problems(args, tokenizer, tested)
 
 
 @pytest.fixture
@@ -279,10 +280,10 @@ def test_tasks_take_turns_and_each_may_have_its_own_source(out, tmp_path, tokeni
 
 def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(mixed, tokenizer, capsys):
     args = nano_args('--data', mixed, '--eval_data', mixed, '--max_prompt', '64')
-    [tests] = train.load_test_sets(args, tokenizer).values()
+    [tests] = train.load_test_sets(args, tokenizer)[0].values()
     assert [example['question'] for _, _, example in tests] == ['0 + 1 =', '3 + 1 =']
     assert '4 of 6' in capsys.readouterr().out
-    problems = train.Problems(args, tokenizer, {})
+    problems = train.Problems(args, tokenizer)
     assert {problems.draw(i)[2]['question'] for i in range(20)} == {'0 + 1 =', '3 + 1 ='}
 
 
@@ -296,11 +297,19 @@ def test_training_problems_that_are_test_problems_are_left_out_and_counted(tmp_p
     assert '2 of 3' in capsys.readouterr().out
 
 
+def test_test_problems_that_are_not_asked_are_not_trained_on_either(tmp_path, tokenizer):
+    four = lines(tmp_path / 'four.jsonl', *[problem(f'{i} + 1 =') for i in range(4)])
+    five = lines(tmp_path / 'five.jsonl', *[problem(f'{i} + 1 =') for i in range(5)])
+    args = nano_args('--data', five, '--eval_data', four, '--eval_n', '2')
+    examples = training_problems(args, tokenizer).examples['gsm8k']
+    assert [example['question'] for example in examples] == ['4 + 1 =']
+
+
 def test_a_code_problem_that_fails_its_own_solution_is_never_drawn(tmp_path, tokenizer):
     def row(i, code):
         return dict(text=f'{i}', code=code, test_list=[f'assert f({i}) == {i}'])
     data = lines(tmp_path / 'code.jsonl', row(1, 'def f(x): return x'), row(2, 'def f(x): return'))
-    problems = train.Problems(nano_args('--task', 'code', '--data', data), tokenizer, {})
+    problems = train.Problems(nano_args('--task', 'code', '--data', data), tokenizer)
     assert {problems.draw(i)[2]['answer']['tests'][0] for i in range(6)} == {'assert f(1) == 1'}
 
 
@@ -319,7 +328,7 @@ def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew(tokenizer):
         return sorted(re.search('[0-4]{16}', question)[0] for question in questions)
     file = str(SHARED / 'data/sudoku_test.csv')
     args = llada_args('--task', 'sudoku', '--eval_data', file)
-    [problems] = train.load_test_sets(args, tokenizer).values()
+    [problems] = train.load_test_sets(args, tokenizer)[0].values()
     theirs = []
     for part in (SHARED / 'data/llada_generations').glob('sudoku*'):
         theirs += [item['question'] for item in json.loads(part.read_text())['generations']]
@@ -335,7 +344,7 @@ def test_code_is_evaluated_on_human_eval_and_mbpp_apart(tokenizer, monkeypatch):
         return hub[source] if split == 'test' else None
     monkeypatch.setattr(rewards, 'read_rows', read_rows)
     args = llada_args('--task', 'code', '--eval_lengths', '32')
-    sets = train.load_test_sets(args, tokenizer)
+    sets, _ = train.load_test_sets(args, tokenizer)
     assert {name: len(sets[name]) for name in sets} == {'code-openai_humaneval': 1, 'code-mbpp': 2}
     constant = train.scores_without_a_model(args, tokenizer, sets)['constant']
     accuracy = [constant[name]['32']['accuracy'] for name in sets]
@@ -348,7 +357,7 @@ def test_every_answer_stands_with_its_own_problem(mixed, tokenizer, monkeypatch)
     """A model that repeats its prompt: prompts go in by length, answers come out in order."""
     put_grade(monkeypatch, varied_grade)
     args = nano_args('--eval_data', mixed, '--max_prompt', '400', '--sample_batch', '2')
-    [problems] = train.load_test_sets(args, tokenizer).values()
+    [problems] = train.load_test_sets(args, tokenizer)[0].values()
     asked = []
 
     def repeat(model, tokenizer, prompts, sampling, prefill):
@@ -545,6 +554,21 @@ def test_more_lengths_with_resume_are_evaluated_right_or_refused(out):
     assert results(out / 'longer') == results(out / 'whole')
 
 
+def test_a_run_that_is_given_more_steps_ends_as_one_that_had_them(out):
+    flags = ['--stages', 'grpo', '--eval_lengths', '8', '--learning_rate', '0.01']
+    longer = content(run(out, 'long', *flags))
+    run(out, 'short', *flags, '--grpo_steps', '1')
+    assert content(run(out, 'short', *flags, '--resume')) == longer
+
+
+@pytest.mark.parametrize('flags', ['--eval_n 2', '--askers Ann', '--prefill 1', '--sft_steps 4'])
+def test_resume_refuses_what_would_mix_two_runs_in_one_table(out, flags):
+    kept = content(out / 'whole')
+    with pytest.raises(ValueError, match=flags.split()[0]):
+        run(out, 'whole', '--resume', *flags.split())
+    assert content(out / 'whole') == kept
+
+
 def test_what_was_evaluated_on_the_way_stays_as_it_was_with_more_lengths(out, capsys):
     flags = ['--stages', 'grpo', '--eval_every', '1', '--eval_lengths']
     folder = run(out, 'midway', *flags, '8')
@@ -649,13 +673,16 @@ BAD = [
     ('--max_prompt 5', 'max_prompt'),                            # no prompt is shorter
     ('--device none', 'device'),
     ('--p_mask_prompt 2', 'p_mask_prompt'),
+    ('--threshold 2', 'threshold'),
     ('--estimator exact', 'p_mask_prompt'),                      # or it would not be exact
     ('--askers Ann,,Ben', 'askers'),
+    ('--askers Ann,nobody', 'askers'),
     ('--resume', 'resume'),
     ('--out F/good.jsonl', 'good.jsonl'),
     ('--instructions F/nowhere.txt', 'nowhere.txt'),
     ('--data F/good.jsonl,F/good.jsonl', '--data'),              # for one task
     ('--data F/good.jsonl --eval_data F/good.jsonl', 'data'),    # no training problem is left
+    ('--data F/long.jsonl', 'max_prompt'),                       # of the training problems, too
     ('--eval_data F/column.jsonl', 'column.jsonl'),
     ('--sft_data F/good.jsonl', 'good.jsonl'),
     ('--device cpu --model nowhere/nothing', 'nowhere/nothing'),
@@ -668,6 +695,7 @@ BAD = [
 def test_a_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, flags, named):
     lines(tmp_path / 'good.jsonl', problem('How many?'))
     lines(tmp_path / 'column.jsonl', dict(question='How many?'))
+    lines(tmp_path / 'long.jsonl', problem('How many?' * 99))
     save_adapter(tmp_path / 'foreign', add_lora(tiny(), 2, 2), '')
     monkeypatch.chdir(tmp_path)                  # out/ would be here
     before = sorted(tmp_path.rglob('*'))
@@ -693,6 +721,7 @@ def test_compiled_blocks_give_the_same_numbers_and_nothing_runs_eagerly(out, mon
     compiled = run(out, 'compiled', '--compile')
     frames = torch._dynamo.utils.counters['frames']
     assert 8 < frames['total'] == frames['ok'], "8 is torch's limit"
+    assert torch._inductor.config.emulate_precision_casts, 'or bfloat16 has first ratios beside 1'
     assert_logs_close(compiled, out / 'whole')
 
 
@@ -725,3 +754,12 @@ def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
     assert 'nowhere/nothing' in end.value.code and '\n' not in end.value.code
+
+
+def test_the_sampler_as_a_program_shows_of_a_completion_what_is_graded(monkeypatch, capsys):
+    _, tokenizer = load('nano')
+    ids = torch.tensor([tokenizer('7<|endoftext|>8')['input_ids']])
+    monkeypatch.setattr(sample, 'generate', lambda *_, **__: (ids, torch.zeros_like(ids)))
+    monkeypatch.setattr(sys, 'argv', ['sample.py', '--model', 'nano'])
+    sample.main()
+    assert capsys.readouterr().out.endswith('   1 7\n7\n')

@@ -198,7 +198,7 @@ def samples(args, base, task, stage, num_problems, k):
     for order in ('any order', 'left to right'):
         settings = train.parse(f'--task {task} --eval_data {test_rows(args, task)} --data {data} '
                                f'--eval_n {num_problems} {asked_by}'.split())
-        problems = train.load_test_sets(settings, tokenizer)[task]
+        problems = train.load_test_sets(settings, tokenizer)[0][task]
         if order == 'left to right':             # a token per block and step
             settings.block_length, settings.steps = 1, settings.gen_length
         sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
@@ -226,7 +226,7 @@ ESTIMATORS |= {f'elbo {n}': ('elbo', n, 0) for n in (2, 4)}
 
 def rollouts(settings, model, tokenizer, num_prompts, num_samples, seed, step=0):
     """Yields a group of num_samples completions of each of the first training prompts."""
-    problems = train.Problems(settings, tokenizer, {})
+    problems = train.Problems(settings, tokenizer)
     sampling = train.sampling_knobs(settings, settings.gen_length, settings.steps,
                                     settings.temperature)
     for number in range(num_prompts):

@@ -198,7 +198,8 @@ def main(argv=None):
         if args.loss != 'grpo':
             p.error('the page shows the ratio and the clip of --loss grpo')
         model, tokenizer = load(name, device=args.device)
-        problems = train.Problems(args, tokenizer, train.load_test_sets(args, tokenizer))
+        _, tested = train.load_test_sets(args, tokenizer)
+        problems = train.Problems(args, tokenizer, tested)
         for index, group in find_groups(args, model, tokenizer, problems, own.problems):
             groups.append(group_data(args, model, tokenizer, title, index, group))
     if not groups:
