@@ -303,8 +303,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         losses.append(update(*args))
         return 0
 
-    def run(folder, seed=3):
-        make.main(['--seed', str(seed), '--updates', '5', '--out', str(tmp_path / folder)])
+    def run(folder, seed=3, layers=2):
+        make.main(['--seed', str(seed), '--updates', '5', '--layers', str(layers),
+                   '--out', str(tmp_path / folder)])
         return load(str(tmp_path / folder / 'model'))[0].state_dict()
 
     whole = run('whole')
@@ -315,8 +316,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     rows = (tmp_path / 'resumed/problems/math_train.jsonl').read_text()
     with pytest.raises(ValueError, match='--seed 3'):
         run('resumed', seed=4)
+    with pytest.raises(ValueError, match='--layers 2'):
+        run('resumed', layers=3)
     assert (tmp_path / 'resumed/problems/math_train.jsonl').read_text() == rows
-    assert '"nano": true' in (tmp_path / 'whole/model/config.json').read_text()
+    config = (tmp_path / 'whole/model/config.json').read_text()
+    assert '"nano": true' in config and '"n_layers": 2' in config
     for name, tensor in run('resumed').items():
         assert torch.equal(tensor, whole[name]), name
     assert len(losses) == 3 + 3, 'two of five are in the checkpoint'

@@ -1,6 +1,7 @@
 """Makes the nano world: a small base model, problems of five tasks, and traces for SFT.
 
     python assets/nano/make.py --seed 1 --out FOLDER                   about an hour and a quarter
+    python assets/nano/make.py --seed 1 --layers 4 --out FOLDER        much better, a quarter slower
     python assets/nano/make.py --out assets/nano --problems_only       the rows that are shipped
 
 FOLDER/model is the base in LLaDA's layout, FOLDER/problems has training and test rows in the
@@ -534,10 +535,10 @@ def hide_replies(answers, masked, close_id):
 
 # ---- pretraining ----
 
-def new_model(seed, tokenizer):
+def new_model(seed, tokenizer, layers=3):
     """A LLaDA of 0.84 M weights: normal ones, smaller at the end of residual branches (GPT-2)."""
     config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
-                    embedding_size=len(tokenizer))
+                    embedding_size=len(tokenizer), n_layers=layers)
     model = LLaDA(config)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -656,24 +657,24 @@ def update(model, optimizers, batch):
     return total
 
 
-def read_checkpoint(folder, seed, updates):
-    """The folder's checkpoint, or None; ValueError where it is of another seed or length."""
+def read_checkpoint(folder, seed, updates, layers):
+    """The folder's checkpoint, or None; ValueError where it is of another seed, length or depth."""
     path = Path(folder, 'checkpoint.pt')
     if not path.exists():
         return None
     saved = torch.load(path, weights_only=True)
-    if (saved['seed'], saved['updates']) != (seed, updates):
-        raise ValueError(f'{path} is of --seed {saved["seed"]} --updates {saved["updates"]}: '
-                         'give these, or another --out')
+    if (saved['seed'], saved['updates'], saved['layers']) != (seed, updates, layers):
+        raise ValueError(f'{path} is of --seed {saved["seed"]} --updates {saved["updates"]} '
+                         f'--layers {saved["layers"]}: give these, or another --out')
     return saved
 
 
-def pretrain(seed, updates, folder):
+def pretrain(seed, updates, layers, folder):
     """The base and its tokenizer, from the folder's checkpoint on if there is one."""
     tokenizer = make_tokenizer()
-    model = new_model(seed, tokenizer)
+    model = new_model(seed, tokenizer, layers)
     optimizers = make_optimizers(model)
-    saved = read_checkpoint(folder, seed, updates)
+    saved = read_checkpoint(folder, seed, updates, layers)
     start = 0
     if saved:
         start = saved['step']
@@ -701,8 +702,8 @@ def pretrain(seed, updates, folder):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == updates:
             states = [optimizer.state_dict() for optimizer in optimizers]
             new = folder / 'checkpoint.new'      # a kill while it is written leaves the old one
-            torch.save(dict(seed=seed, updates=updates, step=step + 1, model=model.state_dict(),
-                            optimizers=states), new)
+            torch.save(dict(seed=seed, updates=updates, layers=layers, step=step + 1,
+                            model=model.state_dict(), optimizers=states), new)
             new.replace(folder / 'checkpoint.pt')
     return model, tokenizer
 
@@ -751,9 +752,9 @@ def write_problems(folder, seed):
     write_rows(Path(folder, 'sft.jsonl'), traces)
 
 
-def write_model(folder, seed, updates):
+def write_model(folder, seed, updates, layers):
     """Pretrains and writes model/, which appears only when it is whole."""
-    model, tokenizer = pretrain(seed, updates, Path(folder))
+    model, tokenizer = pretrain(seed, updates, layers, Path(folder))
     new = Path(folder, 'model.new')
     model.to(torch.bfloat16).save_pretrained(new)                # half the size
     tokenizer.save_pretrained(new)
@@ -770,15 +771,17 @@ def main(argv=None):
     p.add_argument('--seed', type=int, default=0, help='of the base and the training rows [0]')
     p.add_argument('--out', default='out/nano', help='the folder that is made [out/nano]')
     p.add_argument('--updates', type=int, default=14400, help='of the base [14400]')
+    p.add_argument('--layers', type=int, default=3, help='of the base; shipped is one of three [3]')
     p.add_argument('--problems_only', action='store_true', help='write rows, train nothing')
     args = p.parse_args(argv)
     if Path(args.out, 'model').exists() and not args.problems_only:
         raise ValueError(f'{args.out} holds a model: give another --out, or --problems_only')
     if not args.problems_only:
-        read_checkpoint(args.out, args.seed, args.updates)       # another seed's is refused first
+        # another seed's is refused first
+        read_checkpoint(args.out, args.seed, args.updates, args.layers)
     write_problems(args.out, args.seed)
     if not args.problems_only:
-        write_model(args.out, args.seed, args.updates)
+        write_model(args.out, args.seed, args.updates, args.layers)
 
 
 if __name__ == '__main__':
