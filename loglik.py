@@ -112,8 +112,8 @@ def draw_views(estimator, num_views, completion_ids, commit_steps, generator=Non
                block_length=None, temperature=None):
     """The views of an estimator; completion_ids, commit_steps (B, L): see sample.generate.
 
-    'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165): for rollouts
-    in blocks of one token exact, but for their temperature and for what the mask itself has of p.
+    'ar' scores each token in the sight of all before it (JustGRPO, arXiv 2601.15165). That is exact
+    for rollouts at temperature 1 in blocks of one token, if the mask has no probability.
     block_length, temperature: the sampler's, which 'exact' alone needs.
     """
     if estimator == 'coupled':

@@ -312,7 +312,7 @@ class Problems:
             if not self.examples[task]:
                 raise ValueError(f'--data: no training problem of {task} is left')
         for index in range(len(args.tasks)):
-            self.draw(index)                     # so that a task without any shows at once
+            self.draw(index)                     # raises where none of a task can be used
 
     def draw(self, index):
         """Problem number index: task, prompt ids, example; another for one that cannot be used."""
@@ -463,9 +463,8 @@ def scores_without_a_model(args, tokenizer, test_sets):
             ids = tokenizer(texts, add_special_tokens=False)['input_ids']
             tokens = [len(text_ids) + 1 for text_ids in ids]     # and the end
             score = rewards.summary(graded_items(task, texts, examples, tokens))
-            # the same at every length
-            results.setdefault(kind, {})[name] = {str(length): score
-                                                  for length in args.eval_lengths}
+            by_length = {str(length): score for length in args.eval_lengths}     # all the same
+            results.setdefault(kind, {})[name] = by_length
     return results
 
 
@@ -790,11 +789,12 @@ def run_folder(args):
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
         now = vars(args).get(flag, before)       # a flag that is no more has not changed
-        if flag in KEPT_BY_RESUME and before != now:
+        if flag in ('resume', 'folder') or before == now:
+            continue
+        if flag in KEPT_BY_RESUME:
             raise ValueError(f'{last} was begun with another --{flag}: give {before!r}, or leave '
                              'out --resume')
-        if flag not in ('resume', 'folder') and before != now:
-            print0(f'note: {last} was begun with another --{flag}: {before}')
+        print0(f'note: {last} was begun with another --{flag}: {before}')
     return str(last)
 
 
@@ -839,7 +839,7 @@ def main(argv=None):
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:                             # a graph per kind of call, shared by all blocks
         torch._dynamo.config.recompile_limit = 128               # over torch's 8 they run eagerly
-        # bfloat16 is rounded alike with and without gradients, or old and new log-probs would differ
+        # else bfloat16 is rounded otherwise where there are gradients, and the first ratio is not 1
         torch._inductor.config.emulate_precision_casts = True
         for block in model.blocks:
             block.compile(dynamic=True)

@@ -329,7 +329,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 def test_a_seed_makes_the_base_that_it_made():
     """Weights, corpus and noise of seed 0 do not change unnoticed; its first loss is known."""
     tokenizer = make.make_tokenizer()
-    model = make.new_model(0, tokenizer)
+    model = make.new_model(0, tokenizer, layers=3)
     batch = make.make_batch(tokenizer, 0, 13000, make.CYCLES[1], done=0.5)
     loss = make.update(model, make.make_optimizers(model), batch)
     assert loss == pytest.approx(5.635564, abs=1e-4)

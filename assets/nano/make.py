@@ -1,7 +1,7 @@
 """Makes the nano world: a small base model, problems of five tasks, and traces for SFT.
 
     python assets/nano/make.py --seed 1 --out FOLDER                   about an hour and a quarter
-    python assets/nano/make.py --seed 1 --layers 4 --out FOLDER        much better, a quarter slower
+    python assets/nano/make.py --seed 1 --layers 4 --out FOLDER        deeper, a quarter slower
     python assets/nano/make.py --out assets/nano --problems_only       the rows that are shipped
 
 FOLDER/model is the base in LLaDA's layout, FOLDER/problems has training and test rows in the
@@ -535,8 +535,11 @@ def hide_replies(answers, masked, close_id):
 
 # ---- pretraining ----
 
-def new_model(seed, tokenizer, layers=3):
-    """A LLaDA of 0.84 M weights: normal ones, smaller at the end of residual branches (GPT-2)."""
+def new_model(seed, tokenizer, layers):
+    """A LLaDA; its weights are normal, smaller at the end of residual branches (GPT-2).
+
+    Three layers have 0.84 M weights, four 1.05 M.
+    """
     config = Config(mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
                     embedding_size=len(tokenizer), n_layers=layers)
     model = LLaDA(config)
