@@ -3,6 +3,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,21 @@ def test_d1s_test_problems_are_in_no_corpus_and_no_rows(task, file):
         assert make.checksum(key) in make.D1_TESTS
     path, = NANO.glob(f'problems/{task}_train.*')
     assert not {e['key'] for e in theirs} & {e['key'] for e in load_examples(task, str(path))}
+
+
+@pytest.mark.skipif(not DATA.exists(), reason='d1\'s test files are not here')
+def test_a_quarter_of_d1s_sudokus_have_several_solutions_so_that_who_errs_nowhere_has_87_percent():
+    examples = load_examples('sudoku', str(DATA / 'sudoku_test.csv'))
+    drawn = [examples[i] for i in np.random.RandomState(42).choice(500, 256, replace=False)]
+    several, solved, cells = 0, [], []
+    for example in drawn:
+        found = make.solutions(example['question'].removeprefix('Puzzle: '))
+        several += len(found) > 1
+        shares = [TASKS['sudoku'].correct(tagged('', grid), example) for grid in found]
+        solved.append(shares.count(1) / len(shares))             # of a solution drawn at random
+        cells.append(sum(shares) / len(shares))
+    assert several == 63
+    assert (round(sum(solved) / 2.56, 1), round(sum(cells) / 2.56, 1)) == (87.3, 93.4)
 
 
 @pytest.mark.parametrize('task', ['countdown', 'sudoku'])

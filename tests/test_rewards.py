@@ -535,7 +535,14 @@ def test_the_tool_scores_saved_generations(tmp_path):
     saved = [dict(question='q', generations=tagged(a), ground_truth='18', effective_tokens=20 + a)
              for a in (18, 18, 18, 10)]
     path = write(tmp_path, 'saved.json', dict(generations=saved))
-    tool = Path(__file__).resolve().parent / 'tools/score.py'
-    printed = runpy.run_path(str(tool))['score']('gsm8k', [path, path])
+    score = runpy.run_path(str(Path(__file__).resolve().parent / 'tools/score.py'))['score']
+    printed = score('gsm8k', [path, path])
     for part in ('75.0%', '(6 of n = 8)', '40.9% to 92.9%', 'reward 3.500', 'length 36.0'):
+        assert part in printed
+
+    # one is paid, another is a solution too, the third has two 3 in a column
+    saved = [dict(question='Puzzle: 4320004330100004', generations=tagged(grid), ground_truth=GRID)
+             for grid in (GRID, '4321214334121234', '4321214334123214')]
+    printed = score('sudoku', [write(tmp_path, 'saved.json', dict(generations=saved))])
+    for part in ('solved 33.3%', '3 of the puzzles have several', '2 answers are a solution'):
         assert part in printed

@@ -319,6 +319,11 @@ def sudoku_grids():
     return ' '.join(grids)
 
 
+def solutions(puzzle):
+    """All of a puzzle's, 0 = empty; of d1's 500 test puzzles 124 have several."""
+    return re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())
+
+
 def draw_sudoku(rng):
     """A 4x4 grid with eight blanks that has one solution, as d1's; parts share no grid."""
     solution = rng.choice(sudoku_grids().split())
@@ -328,7 +333,7 @@ def draw_sudoku(rng):
         for i in rng.sample(range(16), 8):
             puzzle[i] = '0'
         puzzle = ''.join(puzzle)
-        fitting = re.findall(puzzle.replace('0', '[1-4]'), sudoku_grids())   # all its solutions
+        fitting = solutions(puzzle)
     rows, guess = [], ''
     for i in range(0, 16, 4):
         rows.append(solution[i:i + 4])

@@ -3,11 +3,14 @@
     python tests/tools/score.py gsm8k FILE.json ...
 """
 import json
+import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from rewards import TASKS, summary, visible  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / 'assets/nano')]
+from make import solutions                                                   # noqa: E402
+from rewards import PUZZLE, TASKS, final_answer, summary, visible            # noqa: E402
 
 
 def graded(task, path):
@@ -19,19 +22,32 @@ def graded(task, path):
             answer = float(answer.replace(',', ''))
         reward, correct = TASKS[task].grade(text, {**item, 'answer': answer})
         words = len(visible(text).split())           # where a file has no tokens
-        items.append(dict(generations=text, reward=reward, correct=correct,
-                          effective_tokens=item.get('effective_tokens', words)))
+        items.append(dict(question=item['question'], generations=text, reward=reward,
+                          correct=correct, effective_tokens=item.get('effective_tokens', words)))
     return items
 
 
 def score(task, paths):
-    """The two lines that the command prints."""
-    s = summary([item for path in paths for item in graded(task, path)])
+    """The lines that the command prints."""
+    items = [item for path in paths for item in graded(task, path)]
+    s = summary(items)
     name = f"cells {s['share']:.1%}, solved" if task == 'sudoku' else 'accuracy'
     right = round(s['accuracy'] * s['n'])
-    return (f"{task}: {name} {s['accuracy']:.1%} ({right} of n = {s['n']}), 95 % interval "
+    text = (f"{task}: {name} {s['accuracy']:.1%} ({right} of n = {s['n']}), 95 % interval "
             f"{s['low']:.1%} to {s['high']:.1%}\nmean reward {s['reward']:.3f}, mean length "
             f"{s['effective_tokens']:.1f} tokens (words, where a file has no effective_tokens)")
+    if task == 'sudoku':
+        all_solutions = [solutions(PUZZLE.search(item['question'])[0]) for item in items]
+        several = sum(len(some) > 1 for some in all_solutions)
+        found = sum(filled(item) in some for item, some in zip(items, all_solutions))
+        text += (f'\n{several} of the puzzles have several solutions, of which one is paid; '
+                 f'{found} answers are a solution')
+    return text
+
+
+def filled(item):
+    """The grid in the answer tags, '' if there is none."""
+    return ''.join(re.findall('[0-9]', final_answer(visible(item['generations']))))[:16]
 
 
 if __name__ == '__main__':
