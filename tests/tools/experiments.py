@@ -605,15 +605,16 @@ def skill_table(rows, passk):
 def truth_table(rows):
     columns = ('forwards', 'bias', 'std', 'rank', 'cosine', 'cosine_of_mean', 'norm', 'noise',
                'total_cosine', 'first_cosine', 'other_cosine')
-    for stage in ('base', 'sft', 'd1'):
-        some = [row for row in rows if row['stage'] == stage]
+    for task, stage in itertools.product(TASKS, STAGES):
+        some = [row for row in rows if (row['task'], row['stage']) == (task, stage)]
         if not some:
             continue
         groups, bases = sum(row['groups'] for row in some), {row['base'] for row in some}
         exact, positions, share = (mean([row[key] for row in some])
                                    for key in ('exact_logp', 'positions', 'first_share'))
-        print(f'\n{stage}: {groups} groups of 8, bases {sorted(bases)}; exact log p {exact:.2f}, '
-              f'of it the positions {positions:.2f}; the first step has {share:.2f} of the norm\n')
+        print(f'\n{NAMES[task]}, {stage}: {groups} groups of 8, bases {sorted(bases)}; exact log p '
+              f'{exact:.2f}, of it the positions {positions:.2f}; the first step has {share:.2f} '
+              'of the norm\n')
         print_head(['estimator', *columns])
         for name in some[0]['estimators']:
             means = [mean([row['estimators'][name][key] for row in some]) for key in columns]
@@ -889,14 +890,14 @@ def jobs(args):
 
 
 def tables_and_figures(args):
-    rows, truth_rows = rows_of(args.results), rows_of(args.truth)
+    rows = rows_of(args.results)
     for task in TASKS:
         table_1(rows, task)
     table_1(rows, 'sudoku', 'share')
     methods_table(rows, rows_of(args.drift))
     ablations_table(rows)
     skill_table(rows, rows_of(args.passk))
-    truth_table(truth_rows)
+    truth_table(rows_of(args.truth))
     for show, path in ((parts_table, args.parts), (noise_table, args.noise)):
         if path.exists():
             show(rows_of(path))
@@ -914,10 +915,10 @@ def tables_and_figures(args):
              if row['task'] == 'countdown' and row['stage'] == 'base']
     if noise:
         signal_figure(noise, folder)
+    passk, parts, truth_rows = ([row for row in rows_of(path) if row['task'] == 'countdown']
+                                for path in (args.passk, args.parts, args.truth))
     if truth_rows:
         truth_figure(truth_rows, folder)
-    passk, parts = ([row for row in rows_of(path) if row['task'] == 'countdown']
-                    for path in (args.passk, args.parts))
     if ({row['stage'] for row in passk} >= {'base', 'grpo', 'base-exact'}
             and {row['stage'] for row in parts} >= set(STAGES)):
         debates_figure(passk, parts, folder)
