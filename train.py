@@ -853,10 +853,6 @@ def main(argv=None):
         save_model(Path(args.folder, 'model'), model, args.model)
         keep_adapter(args, model, 'adapter')
     barrier()                                    # process 0 has written its files
-    if args.compile:
-        frames = torch._dynamo.utils.counters['frames']
-        print0(f"{frames['ok']} graphs were compiled; {frames['total'] - frames['ok']} kinds of "
-               'calls ran eagerly')
     print0(table(args, read_results(args)))
     print0(curves(read_log(args, 'log.jsonl')))
     print0(f'kept in {args.folder}')
