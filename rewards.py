@@ -348,12 +348,21 @@ def grade_sudoku(completion, example):
     puzzle = PUZZLE.search(example['question'])[0]
 
     def share(answer):
-        grid = answer.partition('```')[2] or answer  # official: a fenced one counts
-        digits = re.findall('[0-9]', grid) + 16 * ['0']
+        digits = grid_of(answer)
         right = [digits[i] == example['answer'][i] for i in range(16) if puzzle[i] == '0']
         return sum(right) / len(right)
+    return share(final_answer(text)), share(stray_grid(text))
+
+
+def grid_of(answer):
+    """The first 16 digits, '0' for each that is missing."""
+    grid = answer.partition('```')[2] or answer      # official: a fenced one counts
+    return (''.join(re.findall('[0-9]', grid)) + 16 * '0')[:16]
+
+
+def stray_grid(text):
     grids = re.findall('[0-9]{16,}', text) or ['']
-    return share(final_answer(text)), share(stray_answer(text) or grids[-1])
+    return stray_answer(text) or grids[-1]
 
 
 def sudoku_rule(example):
@@ -388,6 +397,8 @@ def code_row(row):
     if 'entry_point' in row:
         question = column(row, 'prompt')
         names = [column(row, 'entry_point')]
+        if not names[0].isidentifier():
+            raise ValueError(f'{names[0]!r} is no function: only functions can be tested')
         setup = question.partition(f'def {names[0]}(')[0]
         tests = [f"{column(row, 'test')}\ncheck({names[0]})"]
         solution = solution and question + solution
@@ -584,11 +595,11 @@ def read_rows(source, config=None, split=None):
             return [json.loads(line) for line in text.split('\n') if line.strip()]
         if text.startswith('['):
             return json.loads(text)
-        return list(csv.DictReader(io.StringIO(text)))
+        return list(csv.DictReader(io.StringIO(text), strict=True))      # or one " takes all rows
     except Exception as e:                           # each reader has kinds of its own
         line = str(e).strip().partition('\n')[0]
-        raise ValueError(f'{source} was not read ({line}): give a file of JSON lines, a JSON array '
-                         'or CSV, or the name of a data set on the hub and a network') from None
+        raise ValueError(f"{source} was not read ({line}): give a file of JSON lines, a JSON array "
+                         "or CSV, or 'hub' and a network") from None
 
 
 def load_rows(sources, from_row):
@@ -604,7 +615,8 @@ def load_rows(sources, from_row):
         for i, row in enumerate(rows, 1):
             try:
                 found.append(from_row(row))
-            except (ValueError, SyntaxError, TypeError, AttributeError) as e:
+            except (ValueError, SyntaxError, TypeError, AttributeError, RecursionError,
+                    MemoryError) as e:               # the last two: of nested tests
                 refused.append(f'row {i}: {e}')
         first = refused[0] if refused else 'no rows'
         if len(refused) == len(rows):
@@ -629,7 +641,8 @@ def load_examples(task_name, source='hub', split='train', askers=()):
     if source == 'hub':
         sources = task.datasets[split != 'train']
     elif folder.is_dir():
-        sources = [(path,) for path in sorted(folder.glob(f'{task_name}_{split}.*'))]
+        sources = [(path,) for path in sorted(folder.glob(f'{task_name}_{split}.*'))
+                   if path.suffix in ('.jsonl', '.json', '.csv', '.gz')]
     if not sources:
         raise ValueError(f"{source} has no {split} data of {task_name}: give 'nano', a folder with "
                          f'{task_name}_{split}.jsonl or .csv, or a file ({task.from_row.__doc__})')
@@ -644,6 +657,7 @@ def load_examples(task_name, source='hub', split='train', askers=()):
             asker = random.Random(key).choice(askers)
         if asker:
             example['question'] = f"{asker}: {example['question']}"
+            example['question'].encode()             # see column
         return dict(key=key) | example
     from_row.__doc__ = task.from_row.__doc__
     return load_rows(sources, from_row)

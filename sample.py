@@ -264,7 +264,8 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', nargs='*', help="folders or hub ids [the newest in out/, or 'nano']")
     p.add_argument('--task', default='gsm8k', choices=rewards.TASKS, help='whose problem to show')
-    p.add_argument('--prompt', default='', help='ask this instead')
+    p.add_argument('--prompt', default='',
+                   help='ask this instead; of several paragraphs a nano model never sees the first')
     p.add_argument('--gen_length', type=int, help="tokens [the model's default in train.py]")
     p.add_argument('--temperature', type=float, default=0.0)
     p.add_argument('--cfg_scale', type=float, default=0.0, help='guidance')
@@ -277,6 +278,7 @@ def main():
         examples = rewards.load_examples(args.task, 'nano', 'test')
         example = examples[args.seed % len(examples)]
         question = rewards.prompt(args.task, example)
+    question.encode()                                # a lone surrogate: no tokenizer takes it
     dtype, device = torch.float32, 'cpu'
     if torch.cuda.is_available():
         dtype, device = torch.bfloat16, 'cuda'
@@ -290,7 +292,7 @@ def main():
         ids, commit_steps = generate(
             model, torch.tensor([prompt], device=device), gen_length, defaults.block_length,
             steps, args.temperature, args.cfg_scale, threshold=args.threshold,
-            generators=[torch.Generator(device).manual_seed(args.seed)])
+            generators=[torch_stream(device, args.seed)])
         kept = up_to_end(ids, model.config.end_ids)[0]           # all that is graded
         show(tokenizer, model.config, ids[0][kept], commit_steps[0][kept])
 

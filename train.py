@@ -67,7 +67,7 @@ FLAGS = {
         ('askers', '', '', 'names, such as Ann,Ben, where a row has none; nobody: ask without one'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
         ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
-        ('instructions', '', '', 'a file with other instructions than rewards.py has'),
+        ('instructions', '', '', "a file with other instructions than rewards.py's; nano sees none"),
         ('prefill', '', '', "what every completion begins with, such as '<reasoning>\\n'")],
     'diffu-GRPO': [
         ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano gsm8k: 20'),
@@ -117,7 +117,9 @@ FLAGS = {
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
                 'sft_length', 'micro_batch', 'save_every')
 # A resumed run may change other flags; with these its table would mix what cannot be compared.
-KEPT_BY_RESUME = ('sft_steps', 'eval_n', 'eval_data', 'askers', 'prefill')
+KEPT_BY_RESUME = ('model', 'adapter', 'stages', 'seed', 'sft_steps', 'eval_n', 'eval_data',
+                  'askers', 'prefill', 'instructions', 'gen_length', 'block_length', 'steps',
+                  'cache', 'threshold')
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20),                       # a short first run
              'sudoku': dict(block_length=8, steps=48)},          # its digits depend on each other
@@ -748,6 +750,7 @@ def check(args):
     if args.instructions:
         args.instructions = Path(args.instructions).read_text().strip()
     args.prefill = args.prefill.replace('\\n', '\n')             # a shell passes on the two signs
+    args.prefill.encode()                        # a lone surrogate: no tokenizer takes it
     args.askers = [name.strip() for name in args.askers.split(',')] if args.askers else []
     if not all(args.askers) or ('nobody' in args.askers and len(args.askers) > 1):
         raise ValueError('--askers takes names, such as Ann,Ben, or nobody alone')
@@ -773,18 +776,21 @@ def sources_of(tasks, sources):
 
 
 def run_folder(args):
-    """out/NAME, or the first of NAME-2, NAME-3, ... that is free; with --resume the last taken."""
+    """out/NAME, or NAME-2, NAME-3, ..., after the last there is; with --resume the last."""
     model = Path(args.model).name
     kind = '+'.join(args.stages) or 'eval'
     name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
-    folder, last, number = Path(args.out, name), None, 1
-    while folder.exists():
-        last, number = folder, number + 1
-        folder = Path(args.out, f'{name}-{number}')
+    numbered = {1: Path(args.out, name)}
+    for folder in Path(args.out).glob('*'):
+        head, _, number = folder.name.rpartition('-')
+        if head == name and number.isdecimal():
+            numbered[int(number)] = folder
+    taken = [number for number, folder in numbered.items() if folder.exists()]
     if not args.resume:
-        return str(folder)
-    if not last:
-        raise ValueError(f'{folder} holds no run to go on with: leave out --resume')
+        return str(Path(args.out, f'{name}-{max(taken) + 1}') if taken else numbered[1])
+    if not taken:
+        raise ValueError(f'{numbered[1]} holds no run to go on with: leave out --resume')
+    last = numbered[max(taken)]
     if not Path(last, 'config.json').exists():   # killed before it had written any
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
@@ -862,7 +868,7 @@ def run(argv=None):
     """main, with one clear line for what the user can mend."""
     try:
         if 'RANK' in os.environ:                 # torchrun has started us
-            local_rank = int(os.environ['LOCAL_RANK'])
+            local_rank = int(os.environ.get('LOCAL_RANK', 0))
             if local_rank < torch.cuda.device_count():
                 torch.cuda.set_device(local_rank)
             # lists and numbers go through gloo, on the CPU; gradients through NCCL
@@ -873,6 +879,10 @@ def run(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit('train.py: the memory is too small: lower --num_generations, --sample_batch or '
                  '--micro_batch, or give --gradient_checkpointing')
+    except torch._dynamo.exc.TorchDynamoException as e:
+        line = str(e).strip().partition('\n')[0]
+        sys.exit(f'train.py: torch.compile failed ({line}): give --no-compile, or empty its cache '
+                 '(TORCHINDUCTOR_CACHE_DIR), where a kill may have left half a file')
     except KeyboardInterrupt:
         sys.exit('stopped; the same command with --resume goes on from the last checkpoint')
     finally:

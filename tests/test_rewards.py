@@ -423,7 +423,10 @@ BAD_ROWS = [
     ('code', dict(question='q', test='import nowhere_to_be_found\n' + CALLS_F.format('f', 'f'))),
     ('code', dict(question='q', test='from solution import S\ndef test_a(): assert S().f() == 2',
                   solution='class S:\n    def f(self): return 2')),
-    ('code', dict(text='t', test_list=[1])),
+    ('code', dict(text='t', test_list=[1])), ('gsm8k', dict(GSM8K_ROW, asker='\ud800')),
+    ('code', dict(prompt='p', entry_point='f(', test='def check(f): pass')),
+    ('code', dict(prompt='p', entry_point='S().f', test='def check(f): pass')),
+    ('code', dict(text='t', test_list=['assert f(1) == ' + '+'.join(9000 * '1')])),
     ('code', dict(text='t', test_list=['f()'], test_imports=5))]
 
 
@@ -443,7 +446,8 @@ def test_a_row_that_is_left_out_is_counted_with_the_reason(task, bad, tmp_path, 
 @pytest.mark.parametrize('name, content', [
     ('none.jsonl', None), ('data.txt', 'x'), ('empty.jsonl', ''), ('empty.json', '[]'),
     ('number.jsonl', '5\n'), ('bad.json', '[{'), ('cut.jsonl', '{"question":'),
-    ('zip.jsonl.gz', 'plain'), ('deep.jsonl', '[' * 100_000)])
+    ('zip.jsonl.gz', 'plain'), ('deep.jsonl', '[' * 100_000),
+    ('quote.csv', 'question,answer\nq,#### 1\n"5 inch, how long?,#### 1\nq,#### 1')])
 def test_a_bad_file_is_one_line_that_names_it(name, content, tmp_path):
     if content is not None:
         write(tmp_path, name, content)
@@ -468,6 +472,7 @@ def test_the_content_tells_lines_from_an_array_and_csv_and_zipped_files_load(tmp
 def test_a_folder_holds_a_file_per_task_and_split(tmp_path, monkeypatch):
     write(tmp_path, 'gsm8k_train.jsonl', GSM8K_ROW, GSM8K_ROW)
     write(tmp_path, 'gsm8k_test.jsonl', GSM8K_ROW)
+    write(tmp_path, 'gsm8k_test.jsonl~', GSM8K_ROW)              # an editor's
     write(tmp_path, 'sudoku_test.csv', f'Puzzle,Solution,asker\n0021124334122134,{GRID},\n')
     assert len(load_examples('gsm8k', str(tmp_path))) == 2
     assert len(load_examples('gsm8k', tmp_path, 'test')) == 1

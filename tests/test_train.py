@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -152,6 +153,13 @@ def test_fixed_mask_changes_the_losses_and_not_the_rollouts(out):
     assert fixed['reward'] == first['reward'] and fixed['loss'] != first['loss']
 
 
+def test_fixed_mask_fixes_views_too(out):
+    flags = '--stages grpo --grpo_steps 1 --estimator coupled --p_mask_prompt 0'.split()
+    losses = [rows(run(out, name, *flags, *more) / 'log.jsonl')[0]['loss']
+              for name, more in (('views', ()), ('fixed-views', ('--fixed_mask',)))]
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize('stage', ['sft', 'grpo'])
 def test_one_stage_can_be_trained_alone(out, stage):
     alone = run(out, f'only-{stage}', '--stages', stage)
@@ -170,6 +178,16 @@ def test_bfloat16_trains_float32_weights_and_saves_bfloat16_ones(out):
     assert finer
     [row] = rows(folder / 'log.jsonl')
     assert row['first_ratio'] == 1 and row['kl'] == 0, 'the reference computes as the policy does'
+
+
+@pytest.mark.parametrize('flags, dtype', [('', torch.float32), ('--lora_rank 4', torch.bfloat16),
+                                          ('--eval_only', torch.bfloat16)])
+def test_weights_are_float32_only_where_they_are_trained(out, monkeypatch, flags, dtype):
+    def load(name, weights_dtype, device):
+        raise ValueError(str(weights_dtype))
+    monkeypatch.setattr(train, 'load', load)
+    with pytest.raises(ValueError, match=str(dtype)):
+        run(out, 'none', '--dtype', 'bfloat16', *flags.split())
 
 
 # ---- LoRA: from a folder in a published layout to a folder in that layout ----
@@ -533,6 +551,9 @@ def test_the_same_command_begins_another_run_and_resume_goes_on_with_the_newest(
     assert '--max_prompt' in capsys.readouterr().out, 'what has changed is said'
     assert content(first) == content(out / 'name-2') == content(out / 'name-3') == kept
     assert not (out / 'name-4').exists()
+    shutil.rmtree(out / 'name-2')
+    run(out, 'name', *one)
+    assert (out / 'name-4').exists() and not (out / 'name-2').exists(), 'or it would not be newest'
 
 
 @pytest.mark.parametrize('stage', ['sft', 'grpo'])
@@ -561,7 +582,9 @@ def test_a_run_that_is_given_more_steps_ends_as_one_that_had_them(out):
     assert content(run(out, 'short', *flags, '--resume')) == longer
 
 
-@pytest.mark.parametrize('flags', ['--eval_n 2', '--askers Ann', '--prefill 1', '--sft_steps 4'])
+@pytest.mark.parametrize('flags', [
+    '--eval_n 2', '--askers Ann', '--prefill 1', '--sft_steps 4', '--stages grpo', '--seed 1',
+    '--steps 4', f'--eval_data {ROOT}/assets/nano/problems'])
 def test_resume_refuses_what_would_mix_two_runs_in_one_table(out, flags):
     kept = content(out / 'whole')
     with pytest.raises(ValueError, match=flags.split()[0]):
@@ -667,9 +690,13 @@ BAD = [
     ('--eval_lengths 12', 'eval_lengths'),
     ('--num_generations 1', 'num_generations'),
     ('--sft_length 0', 'sft_length'),
+    ('--save_every 0', 'save_every'),
+    ('--micro_batch 0', 'micro_batch'),
     ('--learning_rate -1', 'learning'),
     ('--lora_rank 4 --lora_targets q_projection', 'lora_targets'),
     ('--max_prompt 500', 'max_prompt'),                          # more than the model takes
+    ('--sft_length 500', 'max_prompt'),                          # and this with it
+    ('--gen_length 512 --steps 64', 'max_prompt'),
     ('--max_prompt 5', 'max_prompt'),                            # no prompt is shorter
     ('--device none', 'device'),
     ('--p_mask_prompt 2', 'p_mask_prompt'),
@@ -723,6 +750,15 @@ def test_compiled_blocks_give_the_same_numbers_and_nothing_runs_eagerly(out, mon
     assert 8 < frames['total'] == frames['ok'], "8 is torch's limit"
     assert torch._inductor.config.emulate_precision_casts, 'or bfloat16 has first ratios beside 1'
     assert_logs_close(compiled, out / 'whole')
+
+
+def test_a_failed_compilation_is_one_line(monkeypatch):
+    def fails(argv):
+        raise torch._inductor.exc.InductorError(OSError('no compiler\nand more'), None)
+    monkeypatch.setattr(train, 'main', fails)
+    with pytest.raises(SystemExit, match='no compiler.*--no-compile') as end:
+        train.run([])
+    assert '\n' not in end.value.code
 
 
 # ---- python sample.py, without a run ----

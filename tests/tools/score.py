@@ -3,14 +3,13 @@
     python tests/tools/score.py gsm8k FILE.json ...
 """
 import json
-import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'assets/nano')]
 from make import solutions                                                   # noqa: E402
-from rewards import PUZZLE, TASKS, final_answer, summary, visible            # noqa: E402
+from rewards import PUZZLE, TASKS, grid_of, stray_grid, summary, visible     # noqa: E402
 
 
 def graded(task, path):
@@ -37,17 +36,17 @@ def score(task, paths):
             f"{s['low']:.1%} to {s['high']:.1%}\nmean reward {s['reward']:.3f}, mean length "
             f"{s['effective_tokens']:.1f} tokens (words, where a file has no effective_tokens)")
     if task == 'sudoku':
-        all_solutions = [solutions(PUZZLE.search(item['question'])[0]) for item in items]
-        several = sum(len(some) > 1 for some in all_solutions)
-        found = sum(filled(item) in some for item, some in zip(items, all_solutions))
+        several = found = 0
+        for item in items:
+            puzzle = PUZZLE.search(item['question'])[0]
+            grid = grid_of(stray_grid(visible(item['generations'])))
+            # as the reward does: of the clues the puzzle's
+            grid = ''.join(digit if clue == '0' else clue for clue, digit in zip(puzzle, grid))
+            several += len(solutions(puzzle)) > 1
+            found += grid in solutions(puzzle)
         text += (f'\n{several} of the puzzles have several solutions, of which one is paid; '
                  f'{found} answers are a solution')
     return text
-
-
-def filled(item):
-    """The grid in the answer tags, '' if there is none."""
-    return ''.join(re.findall('[0-9]', final_answer(visible(item['generations']))))[:16]
 
 
 if __name__ == '__main__':
