@@ -320,9 +320,13 @@ class Problems:
         """Problem number index: task, prompt ids, example; another for one that cannot be used."""
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
-        for attempt in range(1000):
-            i = problem_index + attempt * 10 ** 9                # far along the stream
-            example = shuffled(self.examples[task], i, self.args.seed, task)
+        examples = self.examples[task]
+
+        def candidates():
+            yield shuffled(examples, problem_index, self.args.seed, task)
+            stream = random_stream(self.args.seed, 'another problem', task, problem_index)
+            yield from stream.sample(examples, min(1000, len(examples)))
+        for example in candidates():
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
                 return task, prompt_ids, example

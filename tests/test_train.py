@@ -305,6 +305,13 @@ def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(mixed, 
     assert {problems.draw(i)[2]['question'] for i in range(20)} == {'0 + 1 =', '3 + 1 ='}
 
 
+def test_the_one_problem_of_many_that_fits_is_found_by_every_draw(tmp_path, tokenizer):
+    data = lines(tmp_path / 'one.jsonl', problem('1 + 1 ='), *[problem(f'{i} + 1 =' + 99 * ' 1')
+                                                               for i in range(600)])
+    problems = train.Problems(nano_args('--data', data), tokenizer)
+    assert {problems.draw(i)[2]['question'] for i in range(8)} == {'1 + 1 ='}
+
+
 def test_training_problems_that_are_test_problems_are_left_out_and_counted(tmp_path, tokenizer,
                                                                            capsys):
     test = lines(tmp_path / 'test.jsonl', problem('How  many?'), problem('Why?', asker='Al'))
