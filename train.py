@@ -118,8 +118,8 @@ AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 's
                 'sft_length', 'micro_batch', 'save_every')
 # A resumed run may change other flags; with these its table would mix what cannot be compared.
 KEPT_BY_RESUME = ('model', 'adapter', 'stages', 'seed', 'sft_steps', 'eval_n', 'eval_data',
-                  'askers', 'prefill', 'instructions', 'gen_length', 'block_length', 'steps',
-                  'cache', 'threshold')
+                  'askers', 'prefill', 'instructions', 'max_prompt', 'gen_length', 'block_length',
+                  'steps', 'cache', 'threshold')
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20),                       # a short first run
              'sudoku': dict(block_length=8, steps=48)},          # its digits depend on each other

@@ -554,8 +554,8 @@ def test_the_same_command_begins_another_run_and_resume_goes_on_with_the_newest(
     kept = content(first)
     assert kept == content(out / 'name-2') and not (out / 'name-3/model').exists()
     capsys.readouterr()
-    run(out, 'name', *one, '--resume', '--max_prompt', '63')
-    assert '--max_prompt' in capsys.readouterr().out, 'what has changed is said'
+    run(out, 'name', *one, '--resume', '--num_views', '5')
+    assert '--num_views' in capsys.readouterr().out, 'what has changed is said'
     assert content(first) == content(out / 'name-2') == content(out / 'name-3') == kept
     assert not (out / 'name-4').exists()
     shutil.rmtree(out / 'name-2')
