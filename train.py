@@ -883,12 +883,12 @@ def run(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit('train.py: the memory is too small: lower --num_generations, --sample_batch or '
                  '--micro_batch, or give --gradient_checkpointing')
+    except KeyboardInterrupt:
+        sys.exit('stopped; the same command with --resume goes on from the last checkpoint')
     except torch._dynamo.exc.TorchDynamoException as e:
         line = str(e).strip().partition('\n')[0]
         sys.exit(f'train.py: torch.compile failed ({line}): give --no-compile, or empty its cache '
                  '(TORCHINDUCTOR_CACHE_DIR), where a kill may have left half a file')
-    except KeyboardInterrupt:
-        sys.exit('stopped; the same command with --resume goes on from the last checkpoint')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
