@@ -342,6 +342,18 @@ def sudoku_row(row):
     return dict(question=f'Puzzle: {puzzle}', answer=solution)
 
 
+def grid_of(answer):
+    """The first 16 digits, '0' for each that is missing."""
+    grid = answer.partition('```')[2] or answer      # official: a fenced one counts
+    return (''.join(re.findall('[0-9]', grid)) + 16 * '0')[:16]
+
+
+def stray_grid(text):
+    """The stray answer, else the last sixteen or more digits in a row, '' if there are none."""
+    grids = re.findall('[0-9]{16,}', text) or ['']
+    return stray_answer(text) or grids[-1]
+
+
 def grade_sudoku(completion, example):
     """The share of empty cells filled right; 16 digits are read, missing ones are wrong."""
     text = visible(completion)
@@ -352,17 +364,6 @@ def grade_sudoku(completion, example):
         right = [digits[i] == example['answer'][i] for i in range(16) if puzzle[i] == '0']
         return sum(right) / len(right)
     return share(final_answer(text)), share(stray_grid(text))
-
-
-def grid_of(answer):
-    """The first 16 digits, '0' for each that is missing."""
-    grid = answer.partition('```')[2] or answer      # official: a fenced one counts
-    return (''.join(re.findall('[0-9]', grid)) + 16 * '0')[:16]
-
-
-def stray_grid(text):
-    grids = re.findall('[0-9]{16,}', text) or ['']
-    return stray_answer(text) or grids[-1]
 
 
 def sudoku_rule(example):
@@ -595,10 +596,10 @@ def read_rows(source, config=None, split=None):
             return [json.loads(line) for line in text.split('\n') if line.strip()]
         if text.startswith('['):
             return json.loads(text)
-        return list(csv.DictReader(io.StringIO(text), strict=True))      # or one " takes all rows
+        return list(csv.DictReader(io.StringIO(text), strict=True))      # else a stray " hides rows
     except Exception as e:                           # each reader has kinds of its own
         line = str(e).strip().partition('\n')[0]
-        raise ValueError(f"{source} was not read ({line}): give a file of JSON lines, a JSON array "
+        raise ValueError(f'{source} was not read ({line}): give a file of JSON lines, a JSON array '
                          "or CSV, or 'hub' and a network") from None
 
 
@@ -657,7 +658,7 @@ def load_examples(task_name, source='hub', split='train', askers=()):
             asker = random.Random(key).choice(askers)
         if asker:
             example['question'] = f"{asker}: {example['question']}"
-            example['question'].encode()             # see column
+            example['question'].encode()             # as column does
         return dict(key=key) | example
     from_row.__doc__ = task.from_row.__doc__
     return load_rows(sources, from_row)

@@ -90,7 +90,7 @@ def s1k_row(row):
     if not thoughts or not isinstance(thoughts[0], str):
         raise ValueError("column 'thinking_trajectories' holds no text")
     text = rewards.tagged(thoughts[0].strip(), answer.strip())
-    text.encode()                                    # see rewards.column
+    text.encode()                                    # as rewards.column does
     return S1K_PROMPT + rewards.column(row, 'question'), text
 
 

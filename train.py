@@ -67,7 +67,7 @@ FLAGS = {
         ('askers', '', '', 'names, such as Ann,Ben, where a row has none; nobody: ask without one'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
         ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
-        ('instructions', '', '', "a file with other instructions than rewards.py's; nano sees none"),
+        ('instructions', '', '', "a file of other instructions than rewards.py's; nano sees none"),
         ('prefill', '', '', "what every completion begins with, such as '<reasoning>\\n'")],
     'diffu-GRPO': [
         ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano gsm8k: 20'),
@@ -322,7 +322,7 @@ class Problems:
         task = self.args.tasks[task_index]
         examples = self.examples[task]
 
-        def candidates():
+        def candidates():                        # the next one only where one cannot be used
             yield shuffled(examples, problem_index, self.args.seed, task)
             stream = random_stream(self.args.seed, 'another problem', task, problem_index)
             yield from stream.sample(examples, min(1000, len(examples)))
@@ -784,17 +784,17 @@ def run_folder(args):
     model = Path(args.model).name
     kind = '+'.join(args.stages) or 'eval'
     name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
-    numbered = {1: Path(args.out, name)}
-    for folder in Path(args.out).glob('*'):
+    first = Path(args.out, name)
+    taken = {1: first} if first.exists() else {}                 # number -> folder
+    for folder in first.parent.glob('*'):
         head, _, number = folder.name.rpartition('-')
-        if head == name and number.isdecimal():
-            numbered[int(number)] = folder
-    taken = [number for number, folder in numbered.items() if folder.exists()]
+        if head == first.name and number.isdecimal():
+            taken[int(number)] = folder
     if not args.resume:
-        return str(Path(args.out, f'{name}-{max(taken) + 1}') if taken else numbered[1])
+        return f'{first}-{max(taken) + 1}' if taken else str(first)
     if not taken:
-        raise ValueError(f'{numbered[1]} holds no run to go on with: leave out --resume')
-    last = numbered[max(taken)]
+        raise ValueError(f'{first} holds no run to go on with: leave out --resume')
+    last = taken[max(taken)]
     if not Path(last, 'config.json').exists():   # killed before it had written any
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
@@ -802,8 +802,8 @@ def run_folder(args):
         if flag in ('resume', 'folder') or before == now:
             continue
         if flag in KEPT_BY_RESUME:
-            raise ValueError(f'{last} was begun with another --{flag}: give {before!r}, or leave '
-                             'out --resume')
+            raise ValueError(f'{last} was begun with another --{flag}: give the one in its '
+                             'config.json, or leave out --resume')
         print0(f'note: {last} was begun with another --{flag}: {before}')
     return str(last)
 

@@ -563,6 +563,14 @@ def test_the_same_command_begins_another_run_and_resume_goes_on_with_the_newest(
     assert (out / 'name-4').exists() and not (out / 'name-2').exists(), 'or it would not be newest'
 
 
+def test_a_name_with_a_folder_in_it_is_numbered_there(tmp_path):
+    args = nano_args('--out', str(tmp_path), '--name', 'mine/run')
+    for name in ('run', 'run-2', 'run-3'):
+        folder = Path(train.run_folder(args))
+        assert folder == tmp_path / 'mine' / name
+        folder.mkdir(parents=True)
+
+
 @pytest.mark.parametrize('stage', ['sft', 'grpo'])
 def test_a_learning_rate_given_with_resume_counts(out, stage):
     rate = dict(sft='--sft_learning_rate', grpo='--learning_rate')[stage]

@@ -715,7 +715,7 @@ def learning_figure(rows, folder):
 
 PAPER = dict(countdown=[('LLaDA-8B', 20.7), ('d1, 8B', 42.2), ('best published, 8B', 82.0)],
              sudoku=[('LLaDA-8B', 11.7), ('d1, 8B', 22.1), ('best published, 8B', 94.3),
-                     ('no error, only guesses', 93.4)])         # see score.py
+                     ('no error, only guesses', 93.4)])         # tests/test_nano.py
 
 
 def results_figure(rows, folder):

@@ -35,18 +35,21 @@ def score(task, paths):
     text = (f"{task}: {name} {s['accuracy']:.1%} ({right} of n = {s['n']}), 95 % interval "
             f"{s['low']:.1%} to {s['high']:.1%}\nmean reward {s['reward']:.3f}, mean length "
             f"{s['effective_tokens']:.1f} tokens (words, where a file has no effective_tokens)")
-    if task == 'sudoku':
-        several = found = 0
-        for item in items:
-            puzzle = PUZZLE.search(item['question'])[0]
-            grid = grid_of(stray_grid(visible(item['generations'])))
-            # as the reward does: of the clues the puzzle's
-            grid = ''.join(digit if clue == '0' else clue for clue, digit in zip(puzzle, grid))
-            several += len(solutions(puzzle)) > 1
-            found += grid in solutions(puzzle)
-        text += (f'\n{several} of the puzzles have several solutions, of which one is paid; '
-                 f'{found} answers are a solution')
-    return text
+    return f'{text}\n{solutions_found(items)}' if task == 'sudoku' else text
+
+
+def solutions_found(items):
+    """The line for Sudokus: how many have several solutions, how many answers are one of them."""
+    several = found = 0
+    for item in items:
+        puzzle = PUZZLE.search(item['question'])[0]
+        grid = grid_of(stray_grid(visible(item['generations'])))
+        # like the reward it looks at empty cells alone
+        filled = ''.join(digit if clue == '0' else clue for clue, digit in zip(puzzle, grid))
+        several += len(solutions(puzzle)) > 1
+        found += filled in solutions(puzzle)
+    return (f'{several} of the puzzles have several solutions, of which one is paid; '
+            f'{found} answers are a solution')
 
 
 if __name__ == '__main__':
