@@ -368,17 +368,16 @@ def load_adapter(folder, model):
     tensors = read_weights(folder, 'adapter_model.safetensors')
     layers = linear_layers(model)
     paths = [path for path in layers if f'base_model.model.{path}.lora_A.weight' in tensors]
-    ranks = pattern_values(folder, config, 'rank_pattern', paths, config.get('r', 8))
-    alphas = pattern_values(folder, config, 'alpha_pattern', paths, config.get('lora_alpha', 8))
     adapters = {}
     for path in paths:
         A = tensors.pop(f'base_model.model.{path}.lora_A.weight')
         B = tensors.pop(f'base_model.model.{path}.lora_B.weight', torch.empty(0))
-        rank = ranks[path]
+        rank = pattern_value(config, 'rank_pattern', path, config.get('r', 8))
+        alpha = pattern_value(config, 'alpha_pattern', path, config.get('lora_alpha', 8))
         out_size, in_size = layers[path].weight.shape
         if A.shape != (rank, in_size) or B.shape != (out_size, rank):
             raise ValueError(f'{folder} is an adapter of another model or rank: look at {path}')
-        scale = alphas[path] / (math.sqrt(rank) if config.get('use_rslora') else rank)
+        scale = alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
         adapters[path] = Adapter(A, B, scale).requires_grad_(False)
     if tensors or not adapters:
         first = min(tensors, default='no tensor')
@@ -387,19 +386,16 @@ def load_adapter(folder, model):
         layers[path].adapters.append(adapter.to(model.device))
 
 
-def pattern_values(folder, config, key, paths, default):
-    """{path: what config[key] says of it, or default}, as peft reads it.
+def pattern_value(config, key, path, default):
+    """What config[key] says of a layer, else the default.
 
-    A pattern is a regular expression for a path or for its end, from a dot on; the first that fits
-    counts. ValueError on one that fits none.
+    Its patterns are regular expressions for a path or for its end, from a dot on; the first that
+    fits counts.
     """
-    values = dict.fromkeys(paths, default)
-    for pattern, value in reversed((config.get(key) or {}).items()):     # so that the first wins
-        fits = [path for path in paths if re.fullmatch(rf'(.*\.)?({pattern})', path)]
-        if not fits:
-            raise ValueError(f'{folder} has {key} {pattern!r}, which fits no layer of the adapter')
-        values.update(dict.fromkeys(fits, value))
-    return values
+    for pattern, value in (config.get(key) or {}).items():
+        if re.fullmatch(rf'(.*\.)?({pattern})', path):
+            return value
+    return default
 
 
 # ---- folders ----
@@ -438,7 +434,6 @@ SWITCHES = dict(llada=json.loads('''{
     "hidden_act": ["silu"], "attention_bias": [false], "attention_dropout": [0.0],
     "use_sliding_window": [false, null], "rope_type": ["default"], "type": ["default"]}'''))
 QWEN3_IDS = dict(mask_token_id=151669, eos_token_id=151645)      # its published config has neither
-REMOTE_CODE = 'GSAI-ML/LLaDA-8B-Instruct'    # where transformers finds the classes of auto_map
 
 
 def file_name(config, name):
@@ -465,10 +460,6 @@ def read_config(folder):
         layout = 'qwen3'
         rope = {**(keys.get('rope_parameters') or {}), **(keys.get('rope_scaling') or {})}
         keys = {**QWEN3_IDS, **keys, **rope}
-    elif keys.get('auto_map') and not [*Path(folder).glob('*.py')]:
-        # the code is not here: name the repository that has it
-        file_keys['auto_map'] = {name: file if '--' in file else f'{REMOTE_CODE}--{file}'
-                                 for name, file in keys['auto_map'].items()}
     refuse_others(folder, keys, SWITCHES[layout])
     sizes = {}
     for ours, theirs in KEYS[layout].items():

@@ -268,9 +268,6 @@ def main():
                    help='ask this instead; of several paragraphs a nano model never sees the first')
     p.add_argument('--gen_length', type=int, help="tokens [the model's default in train.py]")
     p.add_argument('--temperature', type=float, default=0.0)
-    p.add_argument('--cfg_scale', type=float, default=0.0, help='guidance')
-    p.add_argument('--threshold', type=float, default=0.0,
-                   help='commit every token of this confidence, at least one (0 = off)')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
     args = p.parse_args()
     question = args.prompt
@@ -291,8 +288,7 @@ def main():
         print(f'{name}: {tokenizer.decode(prompt)}')
         ids, commit_steps = generate(
             model, torch.tensor([prompt], device=device), gen_length, defaults.block_length,
-            steps, args.temperature, args.cfg_scale, threshold=args.threshold,
-            generators=[torch_stream(device, args.seed)])
+            steps, args.temperature, generators=[torch_stream(device, args.seed)])
         kept = up_to_end(ids, model.config.end_ids)[0]           # all that is graded
         show(tokenizer, model.config, ids[0][kept], commit_steps[0][kept])
 

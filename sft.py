@@ -106,15 +106,17 @@ def load_s1k(source):
 
 
 def encode_traces(traces, tokenizer, max_prompt, max_answer):
-    """[(prompt, answer)] -> ([(prompt ids, answer ids)], how many answers were cut).
+    """[(prompt, answer)] -> [(prompt ids, answer ids)].
 
-    Prompts over max_prompt tokens are dropped, answers are cut to max_answer tokens.
+    Prompts over max_prompt tokens are dropped, answers are cut to max_answer tokens. ValueError
+    where none is left.
     """
-    pairs, cut = [], 0
+    pairs = []
     for prompt, answer in traces:
         prompt_ids = chat(tokenizer, prompt)
         answer_ids = tokenizer(answer, add_special_tokens=False)['input_ids']
         if len(prompt_ids) <= max_prompt:
-            cut += len(answer_ids) > max_answer
             pairs.append((prompt_ids, answer_ids[:max_answer]))
-    return pairs, cut
+    if not pairs:
+        raise ValueError('SFT has no trace whose prompt fits --max_prompt: raise it')
+    return pairs

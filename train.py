@@ -38,7 +38,7 @@ from tqdm import tqdm
 import rewards
 from grpo import old_and_ref_logps, policy_loss, rollout, sample_texts
 from loglik import completion_logps, draw_views, random_prompt_mask
-from model import (LORA_LAYERS, add_lora, load, load_adapter, read_json, save_adapter,
+from model import (LORA_LAYERS, add_lora, explained, load, load_adapter, read_json, save_adapter,
                    save_tokenizer)
 from sample import chat, check_lengths, random_stream, shuffled, torch_stream
 from sft import answer_logps, draw_batch, encode_traces, load_s1k, masked_loss
@@ -321,12 +321,9 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
-
-        def candidates():                        # the next one only where one cannot be used
-            yield shuffled(examples, problem_index, self.args.seed, task)
-            stream = random_stream(self.args.seed, 'another problem', task, problem_index)
-            yield from stream.sample(examples, min(1000, len(examples)))
-        for example in candidates():
+        stream = random_stream(self.args.seed, 'another problem', task, problem_index)
+        others = stream.sample(examples, min(1000, len(examples)))
+        for example in [shuffled(examples, problem_index, self.args.seed, task), *others]:
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
                 return task, prompt_ids, example
@@ -347,8 +344,8 @@ def prefill_ids(args, tokenizer):
 def load_test_sets(args, tokenizer):
     """The test sets, {name: [(task, prompt ids, example)]}, and the keys of all test problems.
 
-    A set per task; on the hub code has two, code-NAME. The keys, {(task, key)}, are those of the
-    problems that are not asked, too.
+    A set per task, the first eval_n (0 = all) whose prompts fit; on the hub code has two,
+    code-NAME. The keys, {(task, key)}, are those of the problems that are not asked, too.
     """
     test_sets, tested = {}, set()
     for task, source in args.eval_data.items():
@@ -358,39 +355,21 @@ def load_test_sets(args, tokenizer):
             named = {f'{task}-{Path(data_set[0]).name}': data_set for data_set in hub}
         for name, one_source in named.items():
             examples = rewards.load_examples(task, one_source, 'test', args.askers)
-            test_sets[name] = fitting_problems(args, tokenizer, name, task, examples)
             tested |= {(task, example['key']) for example in examples}
+            if task == 'sudoku' and len(examples) == 500 and args.eval_n == 256:
+                drawn = np.random.RandomState(42).choice(500, 256, replace=False)        # by d1
+                examples = [examples[i] for i in drawn]
+            asked = [(task, encode(args, tokenizer, task, example), example)
+                     for example in examples]
+            fitting = [problem for problem in asked if len(problem[1]) <= args.max_prompt]
+            if not fitting:
+                raise ValueError(f'{name}: no test prompt fits --max_prompt {args.max_prompt}: '
+                                 'raise it')
+            if len(fitting) < len(asked):
+                print0(f'{name}: {len(fitting)} of {len(asked)} test prompts fit --max_prompt '
+                       f'{args.max_prompt}, the others are left out')
+            test_sets[name] = fitting[:args.eval_n or None]
     return test_sets, tested
-
-
-def fitting_problems(args, tokenizer, name, task, examples):
-    """The first eval_n (0 = all) whose prompts fit; of d1's 500 Sudokus the 256 that d1 drew."""
-    if task == 'sudoku' and len(examples) == 500 and args.eval_n == 256:
-        drawn = np.random.RandomState(42).choice(500, 256, replace=False)
-        examples = [examples[i] for i in drawn]
-    problems = []
-    for example in examples:
-        prompt_ids = encode(args, tokenizer, task, example)
-        if len(prompt_ids) <= args.max_prompt:
-            problems.append((task, prompt_ids, example))
-    too_long = len(examples) - len(problems)
-    if too_long:
-        print0(f'{name}: {too_long} of {len(examples)} test prompts are longer '
-               f'than --max_prompt {args.max_prompt} and left out')
-    if not problems:
-        raise ValueError(f'{name}: no test prompt fits --max_prompt {args.max_prompt}: raise it')
-    return problems[:args.eval_n or None]
-
-
-def load_traces(args, tokenizer):
-    """The SFT set as [(prompt ids, answer ids)]."""
-    traces = load_s1k(args.sft_data)
-    pairs, cut = encode_traces(traces, tokenizer, args.max_prompt, args.sft_length)
-    print0(f'SFT: {len(pairs)} traces, {len(traces) - len(pairs)} dropped for a prompt over '
-           f'--max_prompt, {cut} cut to --sft_length')
-    if not pairs:
-        raise ValueError('SFT has no trace whose prompt fits --max_prompt: raise it')
-    return pairs
 
 
 # ---- evaluation ----
@@ -514,8 +493,8 @@ def curves(log):
     for name in ('reward', 'length'):
         values = [row[name] for row in log if name in row]
         if values:
-            low, span = min(values), max(values) - min(values)
-            levels = [int(7.99 * (value - low) / span) if span else 0
+            low, span = min(values), max(values) - min(values) or 1
+            levels = [int(7.99 * (value - low) / span)
                       for value in values[::len(values) // 60 + 1]]
             bars = ''.join('▁▂▃▄▅▆▇█'[level] for level in levels)
             lines.append(f'{name:6} {bars} {values[0]:.2f} to {values[-1]:.2f}')
@@ -583,7 +562,7 @@ def write(args, name, content):
         return
     path = Path(args.folder, name)
     new = Path(args.folder, name + '.new')
-    try:
+    with explained(f'{new} cannot be written; --resume goes on from the last checkpoint'):
         with open(new, 'wb') as file:
             if isinstance(content, bytes):
                 file.write(content)
@@ -591,9 +570,6 @@ def write(args, name, content):
                 torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as e:         # a full disk; torch.save has errors of its own
-        raise OSError(f'{new} cannot be written ({e}); --resume goes on from the last '
-                      'checkpoint') from None
     new.replace(path)
 
 
@@ -633,14 +609,11 @@ def load_checkpoint(args, stage, steps, model, optimizer):
     path = Path(args.folder, f'{stage}.pt')
     start = 0
     if path.exists():
-        try:
+        with explained(f'{path} is no checkpoint of this model: leave out --resume'):
             checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
             for name, p in trained_weights(args, model).items():
                 p.copy_(checkpoint['weights'][name].view(p.shape))           # of that size only
             optimizer.load_state_dict(checkpoint['optimizer'])
-        except Exception as e:                   # torch.load raises whatever it likes
-            raise ValueError(f'{path} is no checkpoint of this model ({type(e).__name__}): leave '
-                             'out --resume') from None
         start = checkpoint['step']
         print0(f'going on with {stage} at step {start}')
     for name in ('log.jsonl', 'samples.jsonl'):
@@ -724,12 +697,10 @@ def check(args):
         if task not in rewards.TASKS or args.tasks.count(task) > 1:
             raise ValueError(f'--task {task}: choose from {", ".join(rewards.TASKS)}, each once')
     check_lengths(args.gen_length, args.block_length, args.steps)
-    try:
+    with explained(f'--eval_lengths {args.eval_lengths}'):
         args.eval_lengths = [int(length) for length in args.eval_lengths.split(',')]
         for length in args.eval_lengths:
             check_lengths(length, args.block_length, eval_steps(args, length))
-    except ValueError as e:
-        raise ValueError(f'--eval_lengths: {e}') from None
     if args.estimator == 'exact' and (args.p_mask_prompt or args.cache or args.threshold
                                       or not args.temperature):
         raise ValueError('--estimator exact: give --p_mask_prompt 0, a temperature above 0, and '
@@ -760,11 +731,9 @@ def check(args):
         raise ValueError('--askers takes names, such as Ann,Ben, or nobody alone')
     args.data = sources_of(args.tasks, args.data)
     args.eval_data = sources_of(args.tasks, args.eval_data)
-    try:
+    with explained(f'--device {args.device} is not usable here: --device cpu --no-compile is, and '
+                   'slow for all but small models'):
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError):       # torch's kinds of refusal
-        raise ValueError(f'--device {args.device} is not usable here: --device cpu --no-compile '
-                         'is, and slow for all but small models') from None
     return args
 
 
@@ -808,20 +777,6 @@ def run_folder(args):
     return str(last)
 
 
-def train_stage(args, stage, model, tokenizer, problems, pairs, test_sets):
-    """One stage, from the weights before it to the weights after it."""
-    if args.lora_rank:
-        seed = random_stream(args.seed, 'lora', stage).getrandbits(63)
-        alpha, targets = args.lora_alpha, args.lora_targets
-        if stage == 'sft':                       # as in d1
-            alpha, targets = 2 * args.lora_rank, ['q_proj', 'k_proj', 'v_proj']
-        add_lora(model, args.lora_rank, alpha, targets, seed)
-    if stage == 'sft':
-        train_sft(args, model, pairs)
-    else:
-        train_grpo(args, model, tokenizer, problems, test_sets)
-
-
 def main(argv=None):
     args = parse(argv)
     # whatever the user may have got wrong shows before the run has a folder
@@ -839,7 +794,10 @@ def main(argv=None):
                          f'model takes {model.config.max_sequence_length}: lower one of them')
     test_sets, tested = load_test_sets(args, tokenizer)
     problems = Problems(args, tokenizer, tested) if 'grpo' in args.stages else None
-    pairs = load_traces(args, tokenizer) if 'sft' in args.stages else None
+    if 'sft' in args.stages:
+        traces = load_s1k(args.sft_data)
+        pairs = encode_traces(traces, tokenizer, args.max_prompt, args.sft_length)
+        print0(f'SFT: {len(pairs)} of {len(traces)} traces fit --max_prompt {args.max_prompt}')
     args.folder = run_folder(args)
     barrier()                                    # every process has looked before one writes
     Path(args.folder).mkdir(parents=True, exist_ok=True)
@@ -857,7 +815,16 @@ def main(argv=None):
     write_json(args, 'results.json', read_results(args) | results)
     evaluate(args, model, tokenizer, test_sets, 'base')
     for stage in args.stages:
-        train_stage(args, stage, model, tokenizer, problems, pairs, test_sets)
+        if args.lora_rank:
+            seed = random_stream(args.seed, 'lora', stage).getrandbits(63)
+            alpha, targets = args.lora_alpha, args.lora_targets
+            if stage == 'sft':                   # as in d1
+                alpha, targets = 2 * args.lora_rank, ['q_proj', 'k_proj', 'v_proj']
+            add_lora(model, args.lora_rank, alpha, targets, seed)
+        if stage == 'sft':
+            train_sft(args, model, pairs)
+        else:
+            train_grpo(args, model, tokenizer, problems, test_sets)
         evaluate(args, model, tokenizer, test_sets, stage)
     if args.stages:
         save_model(Path(args.folder, 'model'), model, args.model)

@@ -134,10 +134,9 @@ class Words:
         return [30] + self(messages[0]['content'], False)['input_ids'] + [31]
 
 
-def test_traces_that_are_too_long_are_dropped_or_cut_and_counted():
+def test_traces_that_are_too_long_are_dropped_or_cut():
     traces = [('Add them up', '1 22 333'), ('so very many words', '1 2 3'), ('Add', '1 22')]
-    pairs, cut = sft.encode_traces(traces, Words(), 5, 2)
-    assert cut == 1, 'the answer to a prompt that is dropped is none'
+    pairs = sft.encode_traces(traces, Words(), 5, 2)
     assert pairs == [([30, 3, 4, 2, 31], [1, 2]), ([30, 3, 31], [1, 2])]
 
 

@@ -300,7 +300,7 @@ def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(mixed, 
     args = nano_args('--data', mixed, '--eval_data', mixed, '--max_prompt', '64')
     [tests] = train.load_test_sets(args, tokenizer)[0].values()
     assert [example['question'] for _, _, example in tests] == ['0 + 1 =', '3 + 1 =']
-    assert '4 of 6' in capsys.readouterr().out
+    assert '2 of 6' in capsys.readouterr().out
     problems = train.Problems(args, tokenizer)
     assert {problems.draw(i)[2]['question'] for i in range(20)} == {'0 + 1 =', '3 + 1 ='}
 
