@@ -138,6 +138,8 @@ def test_traces_that_are_too_long_are_dropped_or_cut():
     traces = [('Add them up', '1 22 333'), ('so very many words', '1 2 3'), ('Add', '1 22')]
     pairs = sft.encode_traces(traces, Words(), 5, 2)
     assert pairs == [([30, 3, 4, 2, 31], [1, 2]), ([30, 3, 31], [1, 2])]
+    with pytest.raises(ValueError, match='max_prompt'):
+        sft.encode_traces(traces, Words(), 2, 2)
 
 
 # ---- train_sft ----
