@@ -387,7 +387,7 @@ def load_adapter(folder, model):
 
 
 def pattern_value(config, key, path, default):
-    """What config[key] says of a layer, else the default.
+    """What config[key] says of a layer, else the default, as peft reads it.
 
     Its patterns are regular expressions for a path or for its end, from a dot on; the first that
     fits counts.

@@ -24,6 +24,7 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -388,6 +389,9 @@ SUDOKU = Task(
 
 # ---- code: write a function that passes tests ----
 
+IMPORT = re.compile(r'^\s*(?:from|import) (?!solution\b)(\w+)(?=[\w. ]*(?: import|,|$))', re.M)
+
+
 def code_row(row):
     """Code: prompt, test, entry_point (HumanEval); text, test_list (MBPP); question, test."""
     solution = row.get('solution') or row.get('code') or row.get('canonical_solution') or ''
@@ -412,6 +416,12 @@ def code_row(row):
         setup = '\n'.join(re.findall(r'^(?:import .+|from .+ import [^(\n]+)', solution, re.M))
         it = 'it' if len(names) == 1 else 'them'
         question = f"{column(row, 'question')}\nName {it} {' and '.join(names)}."
+        if 'pytest.fixture' in tests[0]:
+            raise ValueError('its tests need fixtures of pytest')
+    sources = '\n'.join([setup, *tests])
+    missing = [name for name in IMPORT.findall(sources) if not find_spec(name)]
+    if missing:
+        raise ValueError(f'its tests import {missing}, which is not installed')
     answer = dict(tests=tests, entry_point=names[0], setup=setup)
     return dict(question=question, answer=answer, solution=solution)
 

@@ -321,9 +321,10 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
+        first = shuffled(examples, problem_index, self.args.seed, task)
         stream = random_stream(self.args.seed, 'another problem', task, problem_index)
-        others = stream.sample(examples, min(1000, len(examples)))
-        for example in [shuffled(examples, problem_index, self.args.seed, task), *others]:
+        others = stream.sample(examples, min(1000, len(examples)))           # should it be unusable
+        for example in [first, *others]:
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
                 return task, prompt_ids, example
@@ -344,8 +345,8 @@ def prefill_ids(args, tokenizer):
 def load_test_sets(args, tokenizer):
     """The test sets, {name: [(task, prompt ids, example)]}, and the keys of all test problems.
 
-    A set per task, the first eval_n (0 = all) whose prompts fit; on the hub code has two,
-    code-NAME. The keys, {(task, key)}, are those of the problems that are not asked, too.
+    A set per task; on the hub code has two, code-NAME. The keys, {(task, key)}, are those of the
+    problems that are not asked, too.
     """
     test_sets, tested = {}, set()
     for task, source in args.eval_data.items():
@@ -356,20 +357,26 @@ def load_test_sets(args, tokenizer):
         for name, one_source in named.items():
             examples = rewards.load_examples(task, one_source, 'test', args.askers)
             tested |= {(task, example['key']) for example in examples}
-            if task == 'sudoku' and len(examples) == 500 and args.eval_n == 256:
-                drawn = np.random.RandomState(42).choice(500, 256, replace=False)        # by d1
-                examples = [examples[i] for i in drawn]
-            asked = [(task, encode(args, tokenizer, task, example), example)
-                     for example in examples]
-            fitting = [problem for problem in asked if len(problem[1]) <= args.max_prompt]
-            if not fitting:
-                raise ValueError(f'{name}: no test prompt fits --max_prompt {args.max_prompt}: '
-                                 'raise it')
-            if len(fitting) < len(asked):
-                print0(f'{name}: {len(fitting)} of {len(asked)} test prompts fit --max_prompt '
-                       f'{args.max_prompt}, the others are left out')
-            test_sets[name] = fitting[:args.eval_n or None]
+            test_sets[name] = fitting_problems(args, tokenizer, name, task, examples)
     return test_sets, tested
+
+
+def fitting_problems(args, tokenizer, name, task, examples):
+    """The first eval_n (0 = all) whose prompts fit; of d1's 500 Sudokus the 256 that d1 drew."""
+    if task == 'sudoku' and len(examples) == 500 and args.eval_n == 256:
+        drawn = np.random.RandomState(42).choice(500, 256, replace=False)
+        examples = [examples[i] for i in drawn]
+    fitting = []
+    for example in examples:
+        prompt_ids = encode(args, tokenizer, task, example)
+        if len(prompt_ids) <= args.max_prompt:
+            fitting.append((task, prompt_ids, example))
+    if not fitting:
+        raise ValueError(f'{name}: no test prompt fits --max_prompt {args.max_prompt}: raise it')
+    if len(fitting) < len(examples):
+        print0(f'{name}: {len(fitting)} of {len(examples)} test prompts fit --max_prompt '
+               f'{args.max_prompt}, the others are left out')
+    return fitting[:args.eval_n or None]
 
 
 # ---- evaluation ----
@@ -777,6 +784,15 @@ def run_folder(args):
     return str(last)
 
 
+def compile_blocks(model):
+    """torch.compile: a graph per kind of call, shared by all blocks."""
+    torch._dynamo.config.recompile_limit = 128   # over torch's 8 they run eagerly
+    # else bfloat16 is rounded otherwise where there are gradients, and the first ratio is not 1
+    torch._inductor.config.emulate_precision_casts = True
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
 def main(argv=None):
     args = parse(argv)
     # whatever the user may have got wrong shows before the run has a folder
@@ -805,12 +821,8 @@ def main(argv=None):
 
     model.compute_dtype = dtype                  # of arithmetic
     model.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:                             # a graph per kind of call, shared by all blocks
-        torch._dynamo.config.recompile_limit = 128               # over torch's 8 they run eagerly
-        # else bfloat16 is rounded otherwise where there are gradients, and the first ratio is not 1
-        torch._inductor.config.emulate_precision_casts = True
-        for block in model.blocks:
-            block.compile(dynamic=True)
+    if args.compile:
+        compile_blocks(model)
     results = scores_without_a_model(args, tokenizer, test_sets)
     write_json(args, 'results.json', read_results(args) | results)
     evaluate(args, model, tokenizer, test_sets, 'base')

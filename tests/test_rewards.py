@@ -408,6 +408,7 @@ GSM8K_ROW = dict(question='q', answer='#### 1')
 GOOD_ROWS = dict(gsm8k=GSM8K_ROW, math=dict(problem='p', solution='\\boxed{1}'),
                  countdown=dict(nums=[1, 2, 3], target=6), code=ROWS['kodcode'],
                  sudoku=dict(Puzzle='4320004330100004', Solution=GRID))
+FIXTURE = 'import pytest\n@pytest.fixture\ndef x(): return 1\ndef test_a(x): assert f(x) == 2'
 BAD_ROWS = [
     ('gsm8k', dict(question=5, answer='#### 1')), ('gsm8k', dict(question='q', answer='#### six')),
     ('gsm8k', dict(question='\ud800', answer='#### 1')), ('gsm8k', dict(question='q')),
@@ -418,7 +419,8 @@ BAD_ROWS = [
     ('countdown', dict(nums=[3, 4, 5, 6], target=18)), ('sudoku', dict(Puzzle=GRID, Solution=GRID)),
     ('sudoku', dict(Puzzle='1320004330100004', Solution=GRID)), ('code', dict(question='q')),
     ('sudoku', dict(Puzzle=GRID, Solution='')),
-    ('code', dict(question='q', test='def (')),
+    ('code', dict(question='q', test='def (')), ('code', dict(question='q', test=FIXTURE)),
+    ('code', dict(question='q', test='import nowhere_to_be_found\n' + CALLS_F.format('f', 'f'))),
     ('code', dict(question='q', test='from solution import S\ndef test_a(): assert S().f() == 2',
                   solution='class S:\n    def f(self): return 2')),
     ('code', dict(text='t', test_list=[1])), ('gsm8k', dict(GSM8K_ROW, asker='\ud800')),
