@@ -242,7 +242,7 @@ def grade_math(completion, example):
     box = boxed_answer(text)
 
     def right(latex):
-        return latex_key(latex[:MAX_ANSWER]) == latex_key(example['answer'])
+        return len(latex) <= MAX_ANSWER and latex_key(latex) == latex_key(example['answer'])
     form = 0.25 + 0.5 * (between_tags(text) is not None) + 0.25 * (box is not None)
     return 2.0 * right(box or '') + form, right(box or last_box(text) or '')
 
@@ -344,8 +344,8 @@ def sudoku_row(row):
 
 def grid_of(answer):
     """The first 16 digits, '0' for each that is missing."""
-    grid = answer.partition('```')[2] or answer      # official: a fenced one counts
-    return (''.join(re.findall('[0-9]', grid)) + 16 * '0')[:16]
+    fenced = re.findall('[0-9]', answer.partition('```')[2])     # official: a fenced one counts
+    return (''.join(fenced or re.findall('[0-9]', answer)) + 16 * '0')[:16]
 
 
 def stray_grid(text):
@@ -389,9 +389,6 @@ SUDOKU = Task(
 
 # ---- code: write a function that passes tests ----
 
-IMPORT = re.compile(r'^\s*(?:from|import) (?!solution\b)(\w+)(?=[\w. ]*(?: import|,|$))', re.M)
-
-
 def code_row(row):
     """Code: prompt, test, entry_point (HumanEval); text, test_list (MBPP); question, test."""
     solution = row.get('solution') or row.get('code') or row.get('canonical_solution') or ''
@@ -416,14 +413,25 @@ def code_row(row):
         setup = '\n'.join(re.findall(r'^(?:import .+|from .+ import [^(\n]+)', solution, re.M))
         it = 'it' if len(names) == 1 else 'them'
         question = f"{column(row, 'question')}\nName {it} {' and '.join(names)}."
-        if 'pytest.fixture' in tests[0]:
-            raise ValueError('its tests need fixtures of pytest')
-    sources = '\n'.join([setup, *tests])
-    missing = [name for name in IMPORT.findall(sources) if not find_spec(name)]
+        if re.search(r'pytest\.fixture|async def test', tests[0]):
+            raise ValueError('its tests need fixtures of pytest, or are async')
+    missing = [name for name in imported_modules('\n'.join([setup, *tests])) if not find_spec(name)]
     if missing:
         raise ValueError(f'its tests import {missing}, which is not installed')
     answer = dict(tests=tests, entry_point=names[0], setup=setup)
     return dict(question=question, answer=answer, solution=solution)
+
+
+def imported_modules(source):
+    """The modules that a program imports: of 'import os.path' os; without solution, a row's own."""
+    modules = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(aliases):
+                modules += [alias.name for alias in aliases]
+            case ast.ImportFrom(str(module)):
+                modules.append(module)
+    return sorted({module.partition('.')[0] for module in modules} - {'solution'})
 
 
 def tested_names(tests, solution):

@@ -225,12 +225,15 @@ def change_in_place(old, new):
 
 
 def cases_of(scope):
-    """What pytest would run: functions test_..., once per case, and methods of classes Test..."""
+    """What pytest would run: functions test_..., once per case, and methods test... of classes.
+
+    Those are Test..., and unittest's of any name.
+    """
     cases = []
     for name, value in scope.items():
         if name.startswith('test_') and callable(value):
             cases += parametrized(value)
-        elif name.startswith('Test') and isinstance(value, type):
+        elif isinstance(value, type) and (name.startswith('Test') or hasattr(value, 'debug')):
             for method in vars(value):
                 if method.startswith('test') and hasattr(value, 'debug'):    # unittest's
                     cases.append(value(method).debug)

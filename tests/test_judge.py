@@ -334,7 +334,7 @@ def test_cases(y, x): assert g(x) == y
 def test_one(x): assert g(x) == pytest.approx(2 * x)
 class TestF:
     def test_method(self): assert g(5) == 10
-class TestU(unittest.TestCase):
+class UnitTests(unittest.TestCase):
     def setUp(self): self.x = 1
     def test_unit(self): self.assertEqual(g(self.x), 2)
 def helper(): 1 / 0

@@ -90,7 +90,8 @@ def test_verdicts_differ_from_the_official_ones_only_where_we_mean_them_to(verdi
     ('countdown', '<answer>We have \\(3 \\times 4 + 5 = 17\\).</answer>'),
     ('countdown', 'So 12 + 3 = 15 and 3*4+5 = 17.'), ('sudoku', f'<answer>\n{GRID}'),
     ('sudoku', f'<answer></answer>\n{GRID}'), ('sudoku', f'</reasoning>\n{GRID}\n</answer>'),
-    ('sudoku', f'The grid is {GRID}.'), ('sudoku', f'<answer>The 4x4:\n```\n{GRID}\n```</answer>')])
+    ('sudoku', f'The grid is {GRID}.'), ('sudoku', f'<answer>The 4x4:\n```\n{GRID}\n```</answer>'),
+    ('sudoku', f'<answer>{GRID}\n```\nDone.</answer>')])
 def test_what_the_end_cut_off_or_stands_elsewhere_is_read_as_the_official_evaluation_reads_it(
         task, text):
     assert grade(task, text)[1] == 1
@@ -108,6 +109,7 @@ def test_an_answer_in_its_tags_is_the_last_word():
     assert grade('countdown', '3*4+5 = 17 ' + tagged('3+4+5'))[1] is False
     assert grade('countdown', '3*4+5 = 17 ' + tagged('17'))[1] is False
     assert grade('sudoku', GRID + tagged('1')) == (0, 0)
+    assert grade('math', tagged('\\boxed{5' + 1000 * ' ' + '+7}'), answer='5')[1] is False
 
 
 # ---- gsm8k ----
@@ -280,7 +282,7 @@ ROWS = dict(
 for name, test in dict(
         kodcode='from solution import f\n' + CALLS_F.format('f', 'f'),
         renamed='from solution import f as g\n' + CALLS_F.format('g', 'g'),
-        module='import solution\n' + CALLS_F.format('solution.f', 'solution.f'),
+        module='"""\nfrom left to right"""\nimport solution\n' + CALLS_F.format('solution.f', 'solution.f'),
         star='from solution import *\n' + CALLS_F.format('f', 'f'),
         bare='def own(x): return x\n' + CALLS_F.format('f', 'f') + '\n    own(len([1]))',
         method='from solution import f\nclass TestF:\n    def test_a(self): assert f(1) == 2'
@@ -420,7 +422,8 @@ BAD_ROWS = [
     ('sudoku', dict(Puzzle='1320004330100004', Solution=GRID)), ('code', dict(question='q')),
     ('sudoku', dict(Puzzle=GRID, Solution='')),
     ('code', dict(question='q', test='def (')), ('code', dict(question='q', test=FIXTURE)),
-    ('code', dict(question='q', test='import nowhere_to_be_found\n' + CALLS_F.format('f', 'f'))),
+    ('code', dict(question='q', test='import os, nowhere_at_all\n' + CALLS_F.format('f', 'f'))),
+    ('code', dict(question='q', test='async ' + CALLS_F.format('f', 'f'))),
     ('code', dict(question='q', test='from solution import S\ndef test_a(): assert S().f() == 2',
                   solution='class S:\n    def f(self): return 2')),
     ('code', dict(text='t', test_list=[1])), ('gsm8k', dict(GSM8K_ROW, asker='\ud800')),
