@@ -18,6 +18,10 @@ Departures from the paper (P) and the official code (C), on purpose:
  6. Training and evaluation share one prompt. Prompts that are too long are skipped, not cut.
  7. norm 'token' is C's loss, norm 'sequence' is P's equation 4.
  8. Training problems that are test problems, too, are left out.
+ 9. Rewards are P's. C pays 0.1 for any closed Countdown answer and MATH boxes outside the tags, and
+    takes tags, whole numbers and code only where they are written just as it expects.
+10. Frozen weights are bfloat16, C's 4-bit NF4. SFT's rate warms up, and its noise levels are spread
+    evenly over a batch.
 """
 import argparse
 import copy
@@ -46,7 +50,8 @@ from sft import answer_logps, draw_batch, encode_traces, load_s1k, masked_loss
 # Every flag: its default for the nano model and for LLaDA, what it is, and its choices if it has.
 FLAGS = {
     'what to run': [
-        ('task', 'gsm8k', 'gsm8k', 'one task or a comma list: ' + ', '.join(rewards.TASKS)),
+        ('task', 'gsm8k', 'gsm8k', ', '.join(rewards.TASKS) + '; or a comma list, then without the '
+         'settings of a single one'),
         ('model', 'nano', 'nano', "'nano', a hub id such as GSAI-ML/LLaDA-8B-Instruct, a folder"),
         ('stages', 'sft,grpo', 'sft,grpo', 'sft,grpo is d1; grpo: diffu-GRPO from the base; or sft',
          ['sft,grpo', 'grpo', 'sft']),
@@ -117,7 +122,7 @@ FLAGS = {
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
                 'sft_length', 'micro_batch', 'save_every')
 # A resumed run may change other flags; with these its table would mix what cannot be compared.
-KEPT_BY_RESUME = ('model', 'adapter', 'stages', 'seed', 'sft_steps', 'eval_n', 'eval_data',
+KEPT_BY_RESUME = ('name', 'model', 'adapter', 'stages', 'seed', 'sft_steps', 'eval_n', 'eval_data',
                   'askers', 'prefill', 'instructions', 'max_prompt', 'gen_length', 'block_length',
                   'steps', 'cache', 'threshold')
 TASK_PRESETS = {
@@ -165,11 +170,10 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
         # without a KL term a group of equal rewards has no gradient, and needs no passes
         trained = [group for group in groups if args.beta or group.advantages.any()]
         updates = []                             # mu lists of what a group's update needs
-        for n in range(args.num_iterations):
+        for n in range(1 if args.fixed_mask else args.num_iterations):
             update = []
             for group in trained:
-                key = (0 if args.fixed_mask else n, group.prompt_number)
-                stream = torch_stream(args.device, args.seed, 'mask', step, *key)
+                stream = torch_stream(args.device, args.seed, 'mask', step, n, group.prompt_number)
                 prompt_mask = random_prompt_mask(group.prompt_ids, args.p_mask_prompt, stream,
                                                  num_prefill)                                  # 8
                 views = draw_views(args.estimator, args.num_views, group.completion_ids,
@@ -179,6 +183,8 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
                     model, reference, group, prompt_mask, views, args.loss, args.beta)         # 3
                 update.append((group, prompt_mask, views, old_logps, ref_logps))
             updates.append(update)
+        if args.fixed_mask:
+            updates *= args.num_iterations
         rollout_seconds = time.time() - began
 
         stats, grad_norms = [], []
@@ -243,6 +249,8 @@ def reference_policy(args, model):
     if args.lora_rank or not args.beta:
         return model
     frozen = copy.deepcopy(model).requires_grad_(False)
+    if args.compile:                             # a copy is not
+        compile_blocks(frozen)
     return frozen.to(model.compute_dtype)        # which every pass would cast to; None: as it is
 
 
@@ -321,10 +329,8 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
-        first = shuffled(examples, problem_index, self.args.seed, task)
-        stream = random_stream(self.args.seed, 'another problem', task, problem_index)
-        others = stream.sample(examples, min(1000, len(examples)))           # should it be unusable
-        for example in [first, *others]:
+        for i in range(min(1000, 2 * len(examples))):            # more than one if it is unusable
+            example = shuffled(examples, problem_index + i, self.args.seed, task)
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
                 return task, prompt_ids, example
@@ -610,8 +616,7 @@ def save_checkpoint(args, stage, step, steps, model, optimizer):
 def load_checkpoint(args, stage, steps, model, optimizer):
     """The step to begin a stage with: 0, or its checkpoint's, whose content is put in place.
 
-    The logs are cut back to that step; scores of an earlier end of the stage go, for a run may be
-    given more steps.
+    The logs are cut back to that step. So are the scores: a run may be given more steps, too.
     """
     path = Path(args.folder, f'{stage}.pt')
     start = 0
@@ -619,7 +624,7 @@ def load_checkpoint(args, stage, steps, model, optimizer):
         with explained(f'{path} is no checkpoint of this model: leave out --resume'):
             checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
             for name, p in trained_weights(args, model).items():
-                p.copy_(checkpoint['weights'][name].view(p.shape))           # of that size only
+                p.copy_(checkpoint['weights'][name].view(p.shape))           # copy_ would broadcast
             optimizer.load_state_dict(checkpoint['optimizer'])
         start = checkpoint['step']
         print0(f'going on with {stage} at step {start}')
@@ -627,10 +632,14 @@ def load_checkpoint(args, stage, steps, model, optimizer):
         lines = [json.dumps(row) + '\n' for row in read_log(args, name)
                  if row['stage'] != stage or row['step'] < start]
         write(args, name, ''.join(lines).encode())
+    if start > steps:
+        raise ValueError(f'{path} has made {start} of {steps} steps: leave out --resume')
     results = read_results(args)
-    if start < steps and stage in results:
-        del results[stage]
-        write_json(args, 'results.json', results)
+    for name in list(results):                   # grpo, grpo-50, ...
+        head, _, number = name.partition('-')
+        if head == stage and int(number or steps) > start:
+            del results[name]
+    write_json(args, 'results.json', results)
     return start
 
 
@@ -713,8 +722,8 @@ def check(args):
         raise ValueError('--estimator exact: give --p_mask_prompt 0, a temperature above 0, and '
                          'neither --cache nor --threshold')
     args.lora_targets = args.lora_targets.split(',')
-    if not set(args.lora_targets) <= set(LORA_LAYERS):
-        raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}')
+    if sorted({*args.lora_targets} & {*LORA_LAYERS}) != sorted(args.lora_targets):
+        raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}, each once')
     if args.loss in ('wd1', 'rejection'):        # which have no KL term
         args.beta = 0.0
     if args.num_generations < 2:
@@ -724,8 +733,8 @@ def check(args):
             raise ValueError(f'--{name} {getattr(args, name)} is a probability: at most 1')
     for name, value in vars(args).items():
         least = 1 if name in AT_LEAST_ONE else 0
-        if isinstance(value, (int, float)) and not value >= least:           # nan is not, either
-            raise ValueError(f'--{name} {value} is not {least} or more')
+        if isinstance(value, (int, float)) and not least <= value < math.inf:    # nan is not
+            raise ValueError(f'--{name} {value} is no number from {least} on')
     for name in ('num_prompts', 'sft_batch'):    # else some would wait for others' gradients
         if getattr(args, name) % world_size():
             raise ValueError(f'--{name} is no multiple of the {world_size()} processes')

@@ -595,6 +595,17 @@ def test_a_run_that_is_given_more_steps_ends_as_one_that_had_them(out):
     longer = content(run(out, 'long', *flags))
     run(out, 'short', *flags, '--grpo_steps', '1')
     assert content(run(out, 'short', *flags, '--resume')) == longer
+    with pytest.raises(ValueError, match='3 of 1 steps'):
+        run(out, 'short', *flags, '--resume', '--grpo_steps', '1')
+
+
+def test_resume_does_not_take_a_run_of_another_name_for_a_later_one(out):
+    flags = ['--stages', 'sft', '--eval_lengths', '8']
+    run(out, 'exp', *flags), run(out, 'exp-3', *flags)
+    kept = content(out / 'exp-3')
+    with pytest.raises(ValueError, match='another --name'):
+        run(out, 'exp', *flags, '--resume')
+    assert content(out / 'exp-3') == kept
 
 
 @pytest.mark.parametrize('flags', [
@@ -614,6 +625,11 @@ def test_what_was_evaluated_on_the_way_stays_as_it_was_with_more_lengths(out, ca
     found = {stage: set(scores['gsm8k']) for stage, scores in results(folder).items()}
     assert found['grpo-1'] == {'8'} and found['grpo'] == {'8', '16'}
     assert 'grpo-1 ' in capsys.readouterr().out
+    # a run that was killed after an evaluation and before a checkpoint comes to it again
+    scores = results(folder)
+    (folder / 'results.json').write_text(json.dumps(scores | {'grpo-9': scores['grpo-1']}))
+    run(out, 'midway', *flags, '8,16', '--resume')
+    assert results(folder) == scores
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(out):
@@ -699,6 +715,7 @@ BAD = [
     ('--stage grpo', '--stage'),                                 # no abbreviations
     ('--beta much', 'beta'),
     ('--temperature nan', 'temperature'),
+    ('--temperature inf', 'temperature'),
     ('--task gsm9k', 'gsm9k'),
     ('--gen_length 20', 'gen_length'),
     ('--steps -2', 'steps'),
@@ -709,6 +726,7 @@ BAD = [
     ('--micro_batch 0', 'micro_batch'),
     ('--learning_rate -1', 'learning'),
     ('--lora_rank 4 --lora_targets q_projection', 'lora_targets'),
+    ('--lora_rank 4 --lora_targets q_proj,q_proj', 'lora_targets'),
     ('--max_prompt 500', 'max_prompt'),                          # more than the model takes
     ('--sft_length 500', 'max_prompt'),                          # and this with it
     ('--gen_length 512 --steps 64', 'max_prompt'),
