@@ -51,7 +51,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
     A = advantages.unsqueeze(1)                                  # (B, 1)
 
     log_ratio = (logps - old_logps).masked_fill(outside, 0)
-    ratio = log_ratio.clamp(max=80).exp()                        # rho; finite, for inf * 0 is nan
+    ratio = log_ratio.clamp(max=80).exp()    # rho; exp(89) would be inf, and inf * 0 is nan
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     loss = -torch.minimum(ratio * A, clipped * A)                # (B, L)
 
@@ -211,7 +211,7 @@ def wd1_loss(logps, advantages, completion_mask):
 def rejection_loss(logps, right, completion_mask):
     """No RL but SFT on the right completions alone (rejection sampling); right (B,), 1 or 0.
 
-    With the estimator 'elbo' and one view this is sft.masked_loss on them.
+    With the estimator 'elbo' and one view this is masked SFT on them, ends included, padding not.
     """
     kept = completion_mask * right.unsqueeze(1)                              # (B, L)
     return -(logps * kept).sum() / kept.sum().clamp(min=1), {}

@@ -267,7 +267,7 @@ def main():
     p.add_argument('--prompt', default='',
                    help='ask this instead; of several paragraphs a nano model never sees the first')
     p.add_argument('--gen_length', type=int, help="tokens [the model's default in train.py]")
-    p.add_argument('--temperature', type=float, default=0.0)
+    p.add_argument('--temperature', type=float, default=0.0, help='0: greedy')
     p.add_argument('--seed', type=int, default=0, help='of the problem and of the noise')
     args = p.parse_args()
     question = args.prompt
