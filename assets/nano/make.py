@@ -770,7 +770,7 @@ def write_model(folder, seed, updates, layers):
     keys = json.loads(config.read_text()) | dict(nano=True)      # train.py has its own defaults
     config.write_text(json.dumps(keys, indent=2))
     new.replace(Path(folder, 'model'))
-    Path(folder, 'checkpoint.pt').unlink()
+    Path(folder, 'checkpoint.pt').unlink(missing_ok=True)        # --updates 0 has none
 
 
 def main(argv=None):
