@@ -74,8 +74,8 @@ def stepmerge_views(commit_steps, num_views):
     """StepMerge (d2, arXiv 2509.21474): commit_steps (B, L), the step that committed each token.
 
     Of the batch's T steps, step s belongs to part s * num_views // T. A token is scored in the
-    sight of what earlier parts had committed. One part is d1's estimate; T parts follow the whole
-    rollout.
+    sight of what earlier parts had committed: of 6 steps in 2 parts those of steps 3 to 5 see
+    those of 0 to 2. One part is d1's estimate; T parts follow the whole rollout.
     """
     steps = int(commit_steps.max()) + 1
     part = commit_steps * num_views // steps                  # (B, L): 0 .. num_views - 1

@@ -72,7 +72,7 @@ def between_tags(text):
     return inside if opened and closed else None
 
 
-INSIDE = '[^{}]*'             # braces balanced: each round allows pairs one level deeper
+INSIDE = '[^{}]*'             # one round more fits 'a{b}c', two 'a{b{c}}d'; {{ is an f-string's {
 for _ in range(6):
     INSIDE = rf'(?:[^{{}}]|\{{{INSIDE}\}})*'
 BARE = r'[^\n${}]{1,99}(?=\$)|[^\s${}]+'     # without braces: up to a closing $, else one word
@@ -436,7 +436,8 @@ def imported_modules(source):
 
 def tested_names(tests, solution):
     """The functions that the tests call, of the solution if there is one; ValueError if none."""
-    imported, called, own = {}, [], set(dir(builtins))
+    imported, called = {}, []
+    own = set(dir(builtins))                         # and the tests' helpers: not what is tested
     for node in ast.walk(ast.parse(tests)):
         own.add(getattr(node, 'name', ''))           # of a function, a class, an import
         match node:

@@ -14,7 +14,7 @@ Departures from the paper (P) and the official code (C), on purpose:
     global generator with one of 4096 numbers: its rollouts have no more different noises.
  3. The noise of the sampler is float32, not bfloat16, and the mask can never be sampled.
  4. There is no LoRA dropout. C's is on while old log-probs are taken: its first ratio is not 1.
- 5. beta > 0 works with mu = 1. Prompts padded on the left are masked out of the attention.
+ 5. beta > 0 works with mu = 1, where C crashes. No token attends to the padding of prompts.
  6. Training and evaluation share one prompt. Prompts that are too long are skipped, not cut.
  7. norm 'token' is C's loss, norm 'sequence' is P's equation 4.
  8. Training problems that are test problems, too, are left out.
@@ -408,7 +408,7 @@ def evaluate(args, model, tokenizer, test_sets, stage):
 
 
 def eval_steps(args, length):
-    """As many per token as in rollouts: half a one in d1."""
+    """As many per token as in rollouts; d1's 256 tokens have 128."""
     return length * args.steps // args.gen_length
 
 
