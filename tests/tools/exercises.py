@@ -113,6 +113,10 @@ first three are debates that the field has not settled.
 8. **A reward, or a task, of your own.** Pay for short completions (`--task gsm8k`; `grade_gsm8k`
    in rewards.py): is it paid without thinking? Or add a section to rewards.py and rows to
    `--data`: what does the base need to know for RL to find the rest?
+9. **How much of what RL spoils is noise?** AdamW's steps are as long along noise as along signal.
+   Let the rate fall to 0 (SFT's does, in `train_sft`), or average the weights over iterations.
+   Count the sums in the answers (out/NAME/grpo_countdown_48_generations.json) that are one too
+   large or too small: do they all err the same way, and for how many iterations?
 '''
 
 
