@@ -627,13 +627,13 @@ def load_checkpoint(args, stage, steps, model, optimizer):
                 p.copy_(checkpoint['weights'][name].view(p.shape))           # copy_ would broadcast
             optimizer.load_state_dict(checkpoint['optimizer'])
         start = checkpoint['step']
+        if start > steps:
+            raise ValueError(f'{path} has made {start} steps: give --{stage}_steps {start} or more')
         print0(f'going on with {stage} at step {start}')
     for name in ('log.jsonl', 'samples.jsonl'):
         lines = [json.dumps(row) + '\n' for row in read_log(args, name)
                  if row['stage'] != stage or row['step'] < start]
         write(args, name, ''.join(lines).encode())
-    if start > steps:
-        raise ValueError(f'{path} has made {start} of {steps} steps: leave out --resume')
     results = read_results(args)
     for name in list(results):                   # grpo, grpo-50, ...
         head, _, number = name.partition('-')
