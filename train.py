@@ -183,7 +183,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
                     model, reference, group, prompt_mask, views, args.loss, args.beta)         # 3
                 update.append((group, prompt_mask, views, old_logps, ref_logps))
             updates.append(update)
-        if args.fixed_mask:
+        if args.fixed_mask:                      # mu times the same one
             updates *= args.num_iterations
         rollout_seconds = time.time() - began
 
@@ -329,7 +329,8 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
-        for i in range(min(1000, 2 * len(examples))):            # more than one if it is unusable
+        # one that is unusable is passed over; twice their number is all of them, wherever we are
+        for i in range(min(1000, 2 * len(examples))):
             example = shuffled(examples, problem_index + i, self.args.seed, task)
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
@@ -637,7 +638,8 @@ def load_checkpoint(args, stage, steps, model, optimizer):
     results = read_results(args)
     for name in list(results):                   # grpo, grpo-50, ...
         head, _, number = name.partition('-')
-        if head == stage and int(number or steps) > start:
+        scored_after = int(number) if number else steps          # so many steps
+        if head == stage and scored_after > start:
             del results[name]
     write_json(args, 'results.json', results)
     return start
@@ -722,8 +724,9 @@ def check(args):
         raise ValueError('--estimator exact: give --p_mask_prompt 0, a temperature above 0, and '
                          'neither --cache nor --threshold')
     args.lora_targets = args.lora_targets.split(',')
-    if sorted({*args.lora_targets} & {*LORA_LAYERS}) != sorted(args.lora_targets):
-        raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}, each once')
+    for layer in args.lora_targets:
+        if layer not in LORA_LAYERS or args.lora_targets.count(layer) > 1:
+            raise ValueError(f'--lora_targets: choose from {", ".join(LORA_LAYERS)}, each once')
     if args.loss in ('wd1', 'rejection'):        # which have no KL term
         args.beta = 0.0
     if args.num_generations < 2:

@@ -233,11 +233,12 @@ def cases_of(scope):
     for name, value in scope.items():
         if name.startswith('test_') and callable(value):
             cases += parametrized(value)
-        elif isinstance(value, type) and (name.startswith('Test') or hasattr(value, 'debug')):
+        elif isinstance(value, type):
+            is_unittest = hasattr(value, 'debug')    # which runs a test and lets it raise
             for method in vars(value):
-                if method.startswith('test') and hasattr(value, 'debug'):    # unittest's
+                if method.startswith('test') and is_unittest:
                     cases.append(value(method).debug)
-                elif method.startswith('test'):
+                elif method.startswith('test') and name.startswith('Test'):
                     cases += parametrized(getattr(value(), method))
     return cases
 
