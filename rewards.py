@@ -209,7 +209,7 @@ def math_row(row):
 
 
 MATH_RULES = [
-    (r'(?<=\S)\s*\\text\{[^{}]*\}(\^\{?[0-9]\}?)?$', ''),      # 5 \text{ cm}^2: a unit
+    (r'(?<=\S)\s*\\text\{[^{}]*\}(\^\{?[0-9]\}?)?\.?$', ''),   # 5 \text{ cm}^2: a unit
     (r'\\text\{([^{}]*)\}', r'\1'),                          # \text{east}: a word is the answer
     (r'(?<=\\)\[[0-9.]+[a-z]{2}\]|\\(?=\s*\\end\b)|\s|\.$', ''),     # space, also of rows; 5.
     (r'^[^=]{1,2}=(?=[^=]*$)', ''),                            # x = 5
@@ -286,7 +286,7 @@ def value_of(node):
 
 def equation_value(equation, numbers):
     """The value of '3 * 4 + 5'; None if it is no equation with each number just once."""
-    equation = plain_latex(equation).strip(' .`')
+    equation = plain_latex(equation).strip(' .`\n')
     used = map(int, re.findall('[0-9]+', equation))
     if EQUATION.fullmatch(equation) and sorted(used) == sorted(numbers):
         with suppress(Exception):                    # no equation, or a division by zero
@@ -296,7 +296,8 @@ def equation_value(equation, numbers):
 def grade_countdown(completion, example):
     """1 if the equation has each number once and hits the target, 0.1 if just the numbers.
 
-    Of 3 * 4 + 5 = 17 the left side counts. Right, though not paid: a stray equation that hits it.
+    Of 3 * 4 + 5 = 17 the left side counts. Right, though not paid: the first stray equation, if it
+    hits the target.
     """
     text = visible(completion)
     numbers, target = example['answer']
@@ -389,6 +390,9 @@ SUDOKU = Task(
 
 # ---- code: write a function that passes tests ----
 
+UNUSABLE = re.compile(r'pytest\.(fixture|mark\.(skip|xfail))|async def test|def setup_')
+
+
 def code_row(row):
     """Code: prompt, test, entry_point (HumanEval); text, test_list (MBPP); question, test."""
     solution = row.get('solution') or row.get('code') or row.get('canonical_solution') or ''
@@ -407,14 +411,14 @@ def code_row(row):
         text = column(row, 'text' if 'text' in row else 'prompt')    # sanitized MBPP has prompt
         question = '\n'.join([text, 'It has to pass:', *tests])
     else:                                            # KodCode
-        tests = [column(row, 'test')]                # the judge finds its functions test_...
+        tests = [column(row, 'test')]                # the judge finds its functions test...
         names = tested_names(tests[0], solution)
         # its tests may rely on what the solution imports
         setup = '\n'.join(re.findall(r'^(?:import .+|from .+ import [^(\n]+)', solution, re.M))
         it = 'it' if len(names) == 1 else 'them'
         question = f"{column(row, 'question')}\nName {it} {' and '.join(names)}."
-        if re.search(r'pytest\.fixture|async def test', tests[0]):
-            raise ValueError('its tests need fixtures of pytest, or are async')
+        if UNUSABLE.search(tests[0]):
+            raise ValueError('its tests are async, or need fixtures, set-up or skips of pytest')
     missing = [name for name in imported_modules('\n'.join([setup, *tests])) if not find_spec(name)]
     if missing:
         raise ValueError(f'its tests import {missing}, which is not installed')
@@ -504,7 +508,7 @@ def run_tests(code, tests, entry_point=None, setup='', timeout=2.0):
     """The share of `tests` (trusted sources) that the untrusted source `code` passes, 0 to 1.
 
     Answers within about timeout + 1 seconds and never raises; safe to call from many threads. A
-    test that defines functions test_... counts as so many. `setup` is trusted source that runs
+    test that defines functions test... counts as so many. `setup` is trusted source that runs
     before the tests and, in its own process, before the program. A program that writes, spawns,
     exits or breaks the protocol gets 0; one that runs out of time keeps the tests it had passed.
     Only functions of plain data can be tested.

@@ -5,7 +5,7 @@
 prints ..1 and, on stderr, why the second test fails: a dot per test, a 1 per test passed, a ! if
 the program broke the rules. Of the two lines that it reads the first is for the program's process:
 set-up, program, seconds. The second is for the tests' process: set-up, tests, entry point, folders
-of packages. A test is a source; one with functions test_... counts as so many tests.
+of packages. A test is a source; one with functions test... counts as so many tests.
 
 Tests and program never share a memory. This process reads the program's line and forks; the fork
 locks itself in and runs the program; only after the fork does the first process, the trusted one,
@@ -18,7 +18,8 @@ What locks the program in:
 - Resource limits: memory 512 MiB, no byte written to a file, no process started, CPU time.
 - The audit hook, everywhere: ends the process at any event of the interpreter that a function of
   plain data has no need of: processes, network, files outside Python's own library or for
-  writing, ctypes, tracing, garbage collection. What raises no event (mkfifo, signals) it misses.
+  writing, ctypes, tracing, garbage collection. Names in folders may be listed. What raises no event
+  (mkfifo, signals) it misses.
 - seccomp, on Linux x86-64: the kernel lets the process compute and read files, no more. Reading is
   the hook's to stop. Elsewhere hook and limits stand alone.
 This stops cheats and accidents, not a determined attacker who knows a hole in CPython: use a
@@ -144,10 +145,13 @@ def add_audit_hook(die=os._exit, kind=type, text=str, integer=int, writing=WRITI
         name = args[0] if args else None
         is_text = kind(name) is text
         if event == 'import' and is_text and name.rpartition('.')[2] not in banned:
-            return
-        if event == 'open' and is_text and name.startswith(library) and '/..' not in name:
-            if kind(args[2]) is integer and not args[2] & writing:
+            file = args[1]       # of a module in C: -packages/ are in the library's folder
+            if kind(file) is not text or '-packages/' not in file:
                 return
+        if event == 'open' and is_text and name.startswith(library):
+            if '/..' not in name and '-packages/' not in name:
+                if kind(args[2]) is integer and not args[2] & writing:
+                    return
         die(1)               # at once, so that catching the exception is no use
     sys.addaudithook(hook)
 
@@ -197,7 +201,8 @@ def run_program(setup, code, seconds, calls, replies):
         except Exception as e:
             kinds = type(e).__mro__                  # an own exception arrives as its base
             known = [kind.__name__ for kind in kinds if kind.__module__ == 'builtins']
-            reply = pack(known[0], str(e))
+            only_text = len(e.args) == 1 and isinstance(e.args[0], str)
+            reply = pack(known[0], e.args[0] if only_text else str(e))       # str quotes KeyErrors
         os.write(replies, reply)
 
 
@@ -225,38 +230,42 @@ def change_in_place(old, new):
 
 
 def cases_of(scope):
-    """What pytest would run: functions test_..., once per case, and methods test... of classes.
+    """What pytest would run: functions test..., once per case, and methods test... of classes.
 
     Those are Test..., and unittest's of any name.
     """
     cases = []
     for name, value in scope.items():
-        if name.startswith('test_') and callable(value):
-            cases += parametrized(value)
-        elif isinstance(value, type):
+        if isinstance(value, type):
             is_unittest = hasattr(value, 'debug')    # which runs a test and lets it raise
-            for method in vars(value):
+            methods = [method for kind in reversed(value.__mro__) for method in vars(kind)]
+            for method in dict.fromkeys(methods):    # inherited ones, too
                 if method.startswith('test') and is_unittest:
                     cases.append(value(method).debug)
                 elif method.startswith('test') and name.startswith('Test'):
-                    cases += parametrized(getattr(value(), method))
+                    marks = getattr(value, 'pytestmark', [])
+                    cases += parametrized(getattr(value(), method), marks)
+        elif name.startswith('test') and callable(value):
+            cases += parametrized(value)
     return cases
 
 
-def parametrized(function):
-    """[function], or one function per case of its @pytest.mark.parametrize."""
+def parametrized(function, marks=()):
+    """[function], or one function per case of its, and its class', @pytest.mark.parametrize."""
     cases = [{}]
-    for mark in getattr(function, 'pytestmark', []):
+    for mark in [*getattr(function, 'pytestmark', []), *marks]:
         if mark.name == 'parametrize':
-            names, values = mark.args
+            arguments = dict(zip(('argnames', 'argvalues'), mark.args)) | mark.kwargs
+            names, single = arguments['argnames'], False
             if isinstance(names, str):
                 names = names.replace(',', ' ').split()
+                single = len(names) == 1             # then a value is no row
             rows = []
-            for value in values:
+            for value in arguments['argvalues']:
                 if type(value).__name__ == 'ParameterSet':           # pytest.param(...)
                     rows.append(value.values)
                 else:
-                    rows.append(value if len(names) > 1 else [value])
+                    rows.append([value] if single else value)
             cases = [case | dict(zip(names, row)) for case in cases for row in rows]
     return [functools.partial(function, **case) for case in cases]
 
@@ -300,6 +309,8 @@ class Tests:
         if error == '':
             return value
         kind = getattr(builtins, error, RuntimeError)
+        if kind is StopIteration:    # would end the tests' loops in silence (PEP 479)
+            kind = RuntimeError
         raise kind.__new__(kind, value)              # some kinds take more to __init__
 
     def function(self, name):
@@ -323,7 +334,8 @@ class Tests:
         sys.modules['solution'] = solution = type(sys)('solution')   # for tests that import from it
         solution.__getattr__ = from_solution
         random.seed(0)
-        names = Names(__name__='__main__', __builtins__=builtins)
+        # not __main__: a file's own unittest.main() would look for its tests here
+        names = Names(__name__='tests', __builtins__=builtins)
         exec(setup, names)
         if entry_point:
             names[entry_point] = function(entry_point)
@@ -362,7 +374,8 @@ def main():
     for fd in (0, 1):        # what either process reads and prints
         os.dup2(nowhere, fd)
     setup, code, seconds = receive(source)
-    sys.set_int_max_str_digits(0)
+    with contextlib.suppress(AttributeError):        # before Python 3.10.7 there is no limit
+        sys.set_int_max_str_digits(0)
     calls_out, calls_in = os.pipe()
     replies_out, replies_in = os.pipe()
     program = os.fork()

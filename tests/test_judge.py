@@ -216,7 +216,9 @@ def test_the_audit_hook_alone_ends_whoever_opens_starts_or_connects(tmp_path):
     assert status('add_audit_hook', 'open(os.__file__).read(), os.listdir("/"), sum([1])') == 0
     for act in ('open("/etc/passwd")', f'open("{tmp_path}/new", "w")', f'os.mkdir("{tmp_path}/a")',
                 'os.fork()', 'os.kill(os.getppid(), 0)', 'os.system("true")', 'import ctypes',
-                'import socket; socket.socket()', 'import gc; gc.get_objects()'):
+                'import socket; socket.socket()', 'import gc; gc.get_objects()',
+                'open(os.__file__.replace("os.py", "site-packages/x"))',
+                'sys.audit("import", "x", "/dist-packages/x.so", None, None, None)'):
         assert status('add_audit_hook', act) == 1, act
 
 
@@ -282,7 +284,12 @@ def test_exceptions_cross_by_their_builtin_type():
     tests = [raises.format(1, 'ValueError', 'bad'), raises.format(0, 'KeyError', 'k'),
              raises.format('0, y=1', 'TypeError', 'y'), 'try: g()\nexcept NameError: pass']
     assert run_tests(code, tests) == 1
+    assert run_tests('def f(x): return {}["k"]', ['try: f(0)\nexcept KeyError as e: e.args[0][1]',
+                                                  'try: f(0)\nexcept KeyError as e: e.args[0][0]']
+                     ) == 1 / 2, 'k, without quotes'
     assert run_tests('def f(x): raise type("SystemExit", (Exception,), {})', TESTS) == 0
+    loop = ['for y in map(f, [1, 2]): assert y == 7']
+    assert run_tests('def f(x): raise StopIteration', loop) == 0
 
 
 @pytest.mark.parametrize('change, before, after', [
@@ -332,16 +339,24 @@ def test_raises():
 def test_cases(y, x): assert g(x) == y
 @pytest.mark.parametrize("x", [1, 2])
 def test_one(x): assert g(x) == pytest.approx(2 * x)
-class TestF:
+@pytest.mark.parametrize(argnames=("x",), argvalues=[(1,)])
+def testRow(x): assert g(x) == 2
+class Base:
     def test_method(self): assert g(5) == 10
+@pytest.mark.parametrize("y", [0])
+class TestF(Base):
+    def test_method(self, y): super().test_method()
+    def test_other(self, y): assert g(y) == 0
+class TestInherited(Base): pass
 class UnitTests(unittest.TestCase):
     def setUp(self): self.x = 1
     def test_unit(self): self.assertEqual(g(self.x), 2)
 def helper(): 1 / 0
+if __name__ == "__main__": unittest.main()
 '''
-    assert run_tests(HONEST + 'h = int', [file]) == 8 / 9
-    assert run_tests(HONEST, [file]) == 7 / 9
-    assert run_tests(HONEST, [file, 'assert f(1) == 2', '1 / 0']) == 8 / 11
+    assert run_tests(HONEST + 'h = int', [file]) == 11 / 12
+    assert run_tests(HONEST, [file]) == 10 / 12
+    assert run_tests(HONEST, [file, 'assert f(1) == 2', '1 / 0']) == 11 / 14
     assert run_tests(HONEST, ['import solution\nassert solution.f(1) == 2',
                               'from solution import *\nassert f(1) == 2']) == 1
 

@@ -160,7 +160,8 @@ def test_numbers_are_read_with_commas_and_the_integer_part_wants_a_whole_one(ans
 @pytest.mark.parametrize('truth, spellings', [
     ('\\frac{1}{2}', ['\\dfrac{1}{2}', '\\tfrac12', '\\frac{1}2', '1/2', '0.5', '.50', 'x = 1/2',
                       ' \\frac { 1 } { 2 } ', '\\(\\frac12\\)', '\\displaystyle \\frac12']),
-    ('\\sqrt{3}', ['\\sqrt3', '$\\sqrt{3}$', '\\sqrt{3}\\text{ cm}', '\\sqrt{3}\\mbox{ in}^2']),
+    ('\\sqrt{3}', ['\\sqrt3', '$\\sqrt{3}$', '\\sqrt{3}\\text{ cm}', '\\sqrt{3}\\mbox{ in}^2',
+                   '\\sqrt{3}\\text{ cm}.']),
     ('\\left( 3, \\frac{\\pi}{2} \\right)', ['(3,\\frac{\\pi}{2})', '(3{,}\\dfrac{\\pi}{2})']),
     ('90^\\circ', ['90', '90^{\\circ}', '90°']), ('5', ['AB=5', 'x = 5.']),
     ('58,500', ['58500', '58{,}500', '58,\\!500']), ('5.4 \\text{ cents}', ['5.4', '5.40']),
@@ -198,7 +199,8 @@ def test_math_format_has_four_levels_and_right_adds_two():
 @pytest.mark.parametrize('reward, equations', [
     (1.0, ['3 * 4 + 5', '5 + 3*4 = 17', '\\boxed{(3 \\times 4) + 5}', '3 \\cdot 4 + 5', '3×4+5',
            '--5+3*4', '+5+3*4', '5 − −3*4', '\\( 3 \\times 4 + 5 \\)', '$3*4+5$', '3*4+5.',
-           '\\[3*4+5 = 17\\]', '$$3*4+5$$', '`3*4+5`', '\\boxed{\\left(3*4\\right)+5}']),
+           '\\[3*4+5 = 17\\]', '$$3*4+5$$', '`3*4+5`', '```\n3*4+5\n```',
+           '\\boxed{\\left(3*4\\right)+5}']),
     (0.1, ['3 + 4 + 5', '3 - 4 / 5', '3 \\div 4 - 5', '3÷4+5', '5+4+3 = 17']),
     (0.0, ['3 * 4', '3 * 4 + 5 + 0', '17', '12 + 5', '3 * 4 + 5.0', '3.4 + 5', '3 ** 4 * 5',
            '3 // 4 + 5', '3 / (4 - 4) + 5', '4 % 3 + 5', '', 'x', '(3 * 4 + 5', '3(4)5', '9**9**9',
@@ -282,7 +284,8 @@ ROWS = dict(
 for name, test in dict(
         kodcode='from solution import f\n' + CALLS_F.format('f', 'f'),
         renamed='from solution import f as g\n' + CALLS_F.format('g', 'g'),
-        module='"""\nfrom left to right"""\nimport solution\n' + CALLS_F.format('solution.f', 'solution.f'),
+        module='"""\nfrom left to right"""\nimport solution\n'
+               + CALLS_F.format('solution.f', 'solution.f'),
         star='from solution import *\n' + CALLS_F.format('f', 'f'),
         bare='def own(x): return x\n' + CALLS_F.format('f', 'f') + '\n    own(len([1]))',
         method='from solution import f\nclass TestF:\n    def test_a(self): assert f(1) == 2'
@@ -424,6 +427,7 @@ BAD_ROWS = [
     ('code', dict(question='q', test='def (')), ('code', dict(question='q', test=FIXTURE)),
     ('code', dict(question='q', test='import os, nowhere_at_all\n' + CALLS_F.format('f', 'f'))),
     ('code', dict(question='q', test='async ' + CALLS_F.format('f', 'f'))),
+    ('code', dict(question='q', test='def setup_method(): 1\n' + CALLS_F.format('f', 'f'))),
     ('code', dict(question='q', test='from solution import S\ndef test_a(): assert S().f() == 2',
                   solution='class S:\n    def f(self): return 2')),
     ('code', dict(text='t', test_list=[1])), ('gsm8k', dict(GSM8K_ROW, asker='\ud800')),
