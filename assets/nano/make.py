@@ -325,7 +325,7 @@ def solutions(puzzle):
 
 
 def draw_sudoku(rng):
-    """A 4x4 grid with eight blanks that has one solution, as d1's; parts share no grid."""
+    """A 4x4 grid with eight blanks, as d1's, but with one solution; parts share no grid."""
     solution = rng.choice(sudoku_grids().split())
     fitting = []
     while len(fitting) != 1:
