@@ -23,7 +23,8 @@ def group_advantages(rewards, num_generations, divide_by_std=False):
     groups = rewards.view(-1, num_generations)                   # (N, G)
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)   # (N, 1)
     advantages = groups - groups.mean(dim=1, keepdim=True)
-    advantages = advantages.masked_fill(equal, 0)                # the mean of eight 0.1 is not 0.1
+    # of eight 0.1 the float32 mean is not 0.1: without this they would have a tiny gradient
+    advantages = advantages.masked_fill(equal, 0)
     if divide_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
     return advantages.flatten()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-TIE = 1e-5     # probabilities closer than this are a tie: float32 knows a logit of 16 to 2e-6
+TIE = 1e-5     # probabilities closer than this are a tie; float32 numbers near 16 are 2e-6 apart
 
 
 def random_prompt_mask(prompt_ids, p_mask_prompt, generator=None, num_prefill=0):
@@ -182,7 +182,8 @@ def exact_logps(model, prompt_ids, completion_ids, completion_mask, commit_steps
         confidence = logp.gather(-1, tokens)[..., 0].masked_fill(~committed, torch.inf)
         c = confidence.amin(dim=1)[:, None, None].exp()                      # (B, 1, 1)
         less_sure = logp.exp() < c + TIE         # (B, L, V); what is as sure as c may lose the tie
-        less_sure |= ~passed_over.unsqueeze(-1)  # elsewhere all v count: a factor of 1, a log of 0
+        # where no mask was passed over all v count: a factor of 1, a log of 0
+        less_sure |= ~passed_over.unsqueeze(-1)
         others = logp_T.masked_fill(~less_sure, -torch.inf).logsumexp(-1)    # (B, L)
         product = others.sum(dim=1, keepdim=True)                            # (B, 1), a log
         share = product / committed.sum(dim=1, keepdim=True).clamp(min=1)    # of each token

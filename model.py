@@ -517,6 +517,8 @@ def explained(message, kind=ValueError):
     """Whatever fails inside ends in one line: the message, and what was raised."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise                   # run in train.py explains these
     except Exception as e:      # safetensors, the hub, tokenizers and jinja have their own types
         reason = ' '.join(str(e).split())[:300]
         raise kind(f'{message} ({type(e).__name__}: {reason})') from None
@@ -553,6 +555,7 @@ def save_tokenizer(folder, source):
     They stay as they were written: transformers 5 would write the name of a class that older
     versions, which LLaDA's own code needs, do not have.
     """
+    source = Path(fetch(source))
     for pattern in ('*token*', '*.jinja', 'vocab*', 'merges*', '*.py'):
-        for path in Path(fetch(source)).glob(pattern):
+        for path in source.glob(pattern):
             shutil.copy(path, folder)

@@ -45,7 +45,8 @@ def commit_counts(block_length, steps):
     Of more steps than tokens only so many are taken as there are tokens.
     """
     share, rest = divmod(block_length, steps)
-    return [share + 1] * rest + [share] * (steps - rest if share else 0)
+    counts = [share + 1] * rest + [share] * (steps - rest)
+    return [count for count in counts if count]
 
 
 @torch.no_grad()
@@ -78,6 +79,7 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
         stop = start + block_length
         for count in commit_counts(block_length, steps * block_length // gen_length):
             is_mask = ids[rows, start:stop] == mask_id                       # (R, block_length)
+            # every row has as many masks, n, so that their places fill a rectangle
             positions = start + is_mask.nonzero()[:, 1].view(len(rows), -1)  # (R, n)
             row_mask = None if attention_mask is None else attention_mask[rows]
             logits = model(ids[rows], row_mask, positions)                   # (R, n, V)
@@ -91,7 +93,7 @@ def generate(model, prompt_ids, gen_length=256, block_length=32, steps=128, temp
             ids[where] = tokens.gather(1, surest)
             commit_steps[where] = step
             step += 1
-        # later blocks cannot change this one, so a row with an end in it is done
+        # nothing after an end counts, and later blocks cannot change this one: such a row is done
         ended = has_end(ids[rows, start:stop], model.config)                 # (R,)
         ids[rows[ended], stop:] = eos_id
         commit_steps[rows[ended], stop:] = step - 1
@@ -172,6 +174,7 @@ def generate_fast(model, prompt_ids, gen_length, block_length, steps, temperatur
             commit = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, surest, True)
             if threshold:
                 commit |= confidence >= threshold
+            # a list of (row, position) pairs, for rows may commit different numbers of tokens
             where = active[:, None].expand_as(offsets)[commit], (start + offsets)[commit]
             ids[where] = tokens[commit]
             commit_steps[where] = step[active].expand_as(offsets)[commit]

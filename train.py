@@ -118,13 +118,13 @@ FLAGS = {
         ('eval_every', 0, 0, 'iterations between evaluations and saved adapters (0 = off)'),
         ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
 }
-# The smallest number of these is 1, of all others 0.
+# The smallest number of these is 1, of all others 0; for some check asks for more.
 AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
                 'sft_length', 'micro_batch', 'save_every')
 # A resumed run may change other flags; with these its table would mix what cannot be compared.
-KEPT_BY_RESUME = ('name', 'model', 'adapter', 'stages', 'seed', 'sft_steps', 'eval_n', 'eval_data',
-                  'askers', 'prefill', 'instructions', 'max_prompt', 'gen_length', 'block_length',
-                  'steps', 'cache', 'threshold')
+KEPT_BY_RESUME = ('name', 'model', 'adapter', 'dtype', 'stages', 'seed', 'sft_steps', 'lora_alpha',
+                  'eval_n', 'eval_data', 'askers', 'prefill', 'instructions', 'max_prompt',
+                  'gen_length', 'block_length', 'steps', 'cache', 'threshold')
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20),                       # a short first run
              'sudoku': dict(block_length=8, steps=48)},          # its digits depend on each other
@@ -137,7 +137,7 @@ TASK_PRESETS = {
 def train_grpo(args, model, tokenizer, problems, test_sets):
     """diffu-GRPO; the numbers are the lines of the paper's Algorithm 1.
 
-    They are out of order: old log-probs exist only before the first of the mu updates, so all
+    They are out of order: old log-probs are taken before the first of the mu updates, so all
     prompt masks are drawn before it. A step here is an iteration, of mu updates.
     """
     reference = reference_policy(args, model)                                                  # 1
@@ -167,7 +167,7 @@ def train_grpo(args, model, tokenizer, problems, test_sets):
 
         if args.loss == 'rejection':             # the right ones are learnt, the others not
             groups = [group._replace(advantages=(group.correct == 1).float()) for group in groups]
-        # without a KL term a group of equal rewards has no gradient, and needs no passes
+        # without a KL term advantages of 0 have no gradient, and need no passes
         trained = [group for group in groups if args.beta or group.advantages.any()]
         updates = []                             # mu lists of what a group's update needs
         for n in range(1 if args.fixed_mask else args.num_iterations):
@@ -263,8 +263,8 @@ def sampling_knobs(args, gen_length, steps, temperature=0.0):
 def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     """A line per iteration, on the screen and in log.jsonl; a completion in samples.jsonl.
 
-    Means: flat_groups, the share of groups of equal rewards; ratio, of tokens; clip_high and
-    clip_low, the shares of tokens whose gradient the clip cut; length, in effective tokens.
+    Means: flat_groups, the share of groups of equal rewards; ratio, of tokens (espo: completions);
+    clip_high and clip_low, the shares whose gradient grpo's clip cuts; length, in effective tokens.
     """
     rows = []
     for group in groups:
@@ -329,7 +329,8 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
-        # one that is unusable is passed over; twice their number is all of them, wherever we are
+        # one that is unusable is passed over; 2n in a row, which end this epoch and hold the whole
+        # next one, are all problems (where there are so many, 1000 are tried)
         for i in range(min(1000, 2 * len(examples))):
             example = shuffled(examples, problem_index + i, self.args.seed, task)
             prompt_ids = encode(self.args, self.tokenizer, task, example)
@@ -625,7 +626,8 @@ def load_checkpoint(args, stage, steps, model, optimizer):
         with explained(f'{path} is no checkpoint of this model: leave out --resume'):
             checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
             for name, p in trained_weights(args, model).items():
-                p.copy_(checkpoint['weights'][name].view(p.shape))           # copy_ would broadcast
+                # view, for copy_ alone would take a smaller tensor, too, and repeat it
+                p.copy_(checkpoint['weights'][name].view(p.shape))
             optimizer.load_state_dict(checkpoint['optimizer'])
         start = checkpoint['step']
         if start > steps:
@@ -636,9 +638,10 @@ def load_checkpoint(args, stage, steps, model, optimizer):
                  if row['stage'] != stage or row['step'] < start]
         write(args, name, ''.join(lines).encode())
     results = read_results(args)
-    for name in list(results):                   # grpo, grpo-50, ...
+    for name in list(results):
+        # grpo-50 was scored after 50 steps, grpo at the end
         head, _, number = name.partition('-')
-        scored_after = int(number) if number else steps          # so many steps
+        scored_after = int(number) if number else steps
         if head == stage and scored_after > start:
             del results[name]
     write_json(args, 'results.json', results)
@@ -799,7 +802,8 @@ def run_folder(args):
 def compile_blocks(model):
     """torch.compile: a graph per kind of call, shared by all blocks."""
     torch._dynamo.config.recompile_limit = 128   # over torch's 8 they run eagerly
-    # else bfloat16 is rounded otherwise where there are gradients, and the first ratio is not 1
+    # else kernels with and without gradients round bfloat16 at other places: before any update new
+    # and old log-probs would differ
     torch._inductor.config.emulate_precision_casts = True
     for block in model.blocks:
         block.compile(dynamic=True)

@@ -610,7 +610,7 @@ def test_resume_does_not_take_a_run_of_another_name_for_a_later_one(out):
 
 @pytest.mark.parametrize('flags', [
     '--eval_n 2', '--askers Ann', '--prefill 1', '--sft_steps 4', '--stages grpo', '--seed 1',
-    '--steps 4', f'--eval_data {ROOT}/assets/nano/problems'])
+    '--steps 4', '--dtype bfloat16', '--lora_alpha 1', f'--eval_data {ROOT}/assets/nano/problems'])
 def test_resume_refuses_what_would_mix_two_runs_in_one_table(out, flags):
     kept = content(out / 'whole')
     with pytest.raises(ValueError, match=flags.split()[0]):
