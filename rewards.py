@@ -390,9 +390,6 @@ SUDOKU = Task(
 
 # ---- code: write a function that passes tests ----
 
-UNUSABLE = re.compile(r'pytest\.(fixture|mark\.(skip|xfail))|async def test|def setup_')
-
-
 def code_row(row):
     """Code: prompt, test, entry_point (HumanEval); text, test_list (MBPP); question, test."""
     solution = row.get('solution') or row.get('code') or row.get('canonical_solution') or ''
@@ -417,7 +414,7 @@ def code_row(row):
         setup = '\n'.join(re.findall(r'^(?:import .+|from .+ import [^(\n]+)', solution, re.M))
         it = 'it' if len(names) == 1 else 'them'
         question = f"{column(row, 'question')}\nName {it} {' and '.join(names)}."
-        if UNUSABLE.search(tests[0]):
+        if re.search(r'pytest\.(fixture|mark\.(skip|xfail))|async def test|def setup_', tests[0]):
             raise ValueError('its tests are async, or need fixtures, set-up or skips of pytest')
     missing = [name for name in imported_modules('\n'.join([setup, *tests])) if not find_spec(name)]
     if missing:

@@ -329,8 +329,8 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
-        # one that is unusable is passed over; 2n in a row, which end this epoch and hold the whole
-        # next one, are all problems (where there are so many, 1000 are tried)
+        # an unusable one is passed over; 2n draws in a row hold a whole epoch, so every problem (of
+        # more than 500 problems 1000 draws are tried)
         for i in range(min(1000, 2 * len(examples))):
             example = shuffled(examples, problem_index + i, self.args.seed, task)
             prompt_ids = encode(self.args, self.tokenizer, task, example)

@@ -145,13 +145,12 @@ def add_audit_hook(die=os._exit, kind=type, text=str, integer=int, writing=WRITI
         name = args[0] if args else None
         is_text = kind(name) is text
         if event == 'import' and is_text and name.rpartition('.')[2] not in banned:
-            file = args[1]       # of a module in C: -packages/ are in the library's folder
+            file = args[1]       # of a module in C; site-packages/ lies in the library's folder
             if kind(file) is not text or '-packages/' not in file:
                 return
-        if event == 'open' and is_text and name.startswith(library):
-            if '/..' not in name and '-packages/' not in name:
-                if kind(args[2]) is integer and not args[2] & writing:
-                    return
+        if event == 'open' and is_text and name.startswith(library) and '/..' not in name:
+            if '-packages/' not in name and kind(args[2]) is integer and not args[2] & writing:
+                return
         die(1)               # at once, so that catching the exception is no use
     sys.addaudithook(hook)
 
@@ -201,8 +200,10 @@ def run_program(setup, code, seconds, calls, replies):
         except Exception as e:
             kinds = type(e).__mro__                  # an own exception arrives as its base
             known = [kind.__name__ for kind in kinds if kind.__module__ == 'builtins']
-            only_text = len(e.args) == 1 and isinstance(e.args[0], str)
-            reply = pack(known[0], e.args[0] if only_text else str(e))       # str quotes KeyErrors
+            text = str(e)
+            if len(e.args) == 1 and isinstance(e.args[0], str):
+                text = e.args[0]     # without the quotes that str puts around a KeyError's
+            reply = pack(known[0], text)
         os.write(replies, reply)
 
 
@@ -238,8 +239,7 @@ def cases_of(scope):
     for name, value in scope.items():
         if isinstance(value, type):
             is_unittest = hasattr(value, 'debug')    # which runs a test and lets it raise
-            methods = [method for kind in reversed(value.__mro__) for method in vars(kind)]
-            for method in dict.fromkeys(methods):    # inherited ones, too
+            for method in dir(value):                # inherited ones, too
                 if method.startswith('test') and is_unittest:
                     cases.append(value(method).debug)
                 elif method.startswith('test') and name.startswith('Test'):
