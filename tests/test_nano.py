@@ -256,7 +256,7 @@ def test_training_and_test_rows_share_no_problem_whoever_asks(task):
 
 
 def test_sudoku_parts_share_no_grid_and_every_puzzle_has_one_solution():
-    tests, every = problems('sudoku', 'test', 200), make.sudoku_grids().split()
+    tests, every = problems('sudoku', 'test', 200), make.sudoku_grids()
     assert not {p.reply for p in problems('sudoku', 'train', 200)} & {p.reply for p in tests}
     assert len(set(every)) == 288
     for problem in tests:

@@ -254,9 +254,9 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(experiments, 'NOISY', ('one_step, p_mask 0',))
     args.noise = tmp_path / 'noise.jsonl'
-    experiments.gradient_noise(args, 0, 'gsm8k', 'base', num_groups=4)
+    experiments.gradient_noise(args, 0, 'gsm8k', 'base', num_groups=3)
     [row] = experiments.rows_of(args.noise)
-    assert row['people']['groups'] == 4
+    assert row['people']['groups'] == 3
     assert abs(row['nobody']['exact']['cosine']) == pytest.approx(1, abs=1e-3)
     experiments.noise_table([row])
     assert '| people |' in capsys.readouterr().out
