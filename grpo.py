@@ -73,12 +73,11 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, epsilon=
 
 def masked_mean(values, mask, norm):
     """The mean of values (B, L) where mask (B, L) is 1: over 'token's, or per 'sequence' first."""
-    assert norm in ('token', 'sequence'), norm
     values = values * mask
     if norm == 'sequence':
-        means = values.sum(1) / mask.sum(1).clamp(min=1)         # (B,)
-        return means.mean()
-    return values.sum() / mask.sum().clamp(min=1)
+        return (values.sum(1) / mask.sum(1)).mean()              # of (B,)
+    assert norm == 'token', norm
+    return values.sum() / mask.sum()
 
 
 # ---- rollouts, and what an update needs of the policies that do not change ----

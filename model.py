@@ -125,7 +125,7 @@ class Block(nn.Module):
     def forward(self, x, rope, mask=None, positions=None, cache=None, start=0):
         """x (B, T, d) -> (B, T, d), or only positions (B, n) of it: (B, n, d).
 
-        cache: the layer's keys and values (2, B, nkv, all, hs); those from `start` on are renewed.
+        cache: the layer's keys and values (2, B, nkv, all, hs); x renews those from `start` on.
         """
         h = self.attn_norm(x)
         k = rotate(self.k_norm(self.heads(self.k_proj(h))), rope)            # (B, nkv, T, hs)
@@ -174,7 +174,7 @@ class LLaDA(nn.Module):
 
         attention_mask (B, T): True or 1 = real token; None = all are.
         cache: ids stand at start.. of the sequence, their keys and values are written into it, and
-        attention goes to all that it holds.
+        attention goes to all that it holds; then attention_mask is of all that, too.
         """
         return self.ff_out(self.hidden(ids, attention_mask, positions, cache, start))
 
@@ -199,10 +199,10 @@ class LLaDA(nn.Module):
         shape = (2, B, self.config.n_kv_heads, T, self.config.head_dim)
         return [self.wte.weight.new_zeros(shape, dtype=self.compute_dtype) for _ in self.blocks]
 
-    def token_logps(self, ids, targets, scored=None, attention_mask=None):
+    def token_logps(self, ids, targets, scored, attention_mask=None):
         """log p(targets) (B, L) float32, targets (B, L) standing at the last L positions of ids.
 
-        scored (B, L) bool: the LM head sees only these, the others get 0; None = all.
+        scored (B, L) bool: the LM head sees only these, the others get 0.
         The logits of some tokens exist at a time and are made again in the backward pass: memory
         does not grow with B x L x V.
         """
@@ -210,13 +210,9 @@ class LLaDA(nn.Module):
         T = ids.size(1)
         positions = torch.arange(T - L, T, device=ids.device).expand(B, L)
         h = self.hidden(ids, attention_mask, positions)                      # (B, L, d)
-        if scored is None:
-            scored = torch.ones_like(targets, dtype=torch.bool)
-        at_once = max(1, LOGITS_AT_ONCE // self.config.embedding_size)       # tokens
-        parts = []
-        for some_h, some_targets in zip(h[scored].split(at_once), targets[scored].split(at_once)):
-            part = checkpoint(self.head_logps, some_h, some_targets, use_reentrant=False)
-            parts.append(part)
+        at_once = LOGITS_AT_ONCE // self.config.embedding_size               # tokens
+        parts = [checkpoint(self.head_logps, *some, use_reentrant=False)
+                 for some in zip(h[scored].split(at_once), targets[scored].split(at_once))]
         logps = torch.zeros(B, L, device=ids.device)
         logps[scored] = torch.cat(parts)
         return logps
@@ -303,8 +299,8 @@ def last_adapter_off(model):
 
     A model of which no adapter is trained, such as a frozen copy, stays as it is.
     """
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    trained = [adapter for adapter in adapters if adapter.A.requires_grad]      # the last one's
+    trained = [module for module in model.modules()
+               if isinstance(module, Adapter) and module.A.requires_grad]       # the last one's
     for adapter in trained:
         adapter.on = False
     try:

@@ -44,9 +44,9 @@ def commit_counts(block_length, steps):
 
     Of more steps than tokens only so many are taken as there are tokens.
     """
+    steps = min(steps, block_length)
     share, rest = divmod(block_length, steps)
-    counts = [share + 1] * rest + [share] * (steps - rest)
-    return [count for count in counts if count]
+    return [share + 1] * rest + [share] * (steps - rest)
 
 
 @torch.no_grad()
@@ -239,22 +239,20 @@ def chat(tokenizer, text):
 
 # ---- python sample.py: watch a text being denoised ----
 
-def show(tokenizer, config, completion, commit_steps):
+def show(tokenizer, completion, commit_steps):
     """Prints a completion (L,) after every step, masks as dots, then as it reads."""
-    end = tokenizer.decode([config.eos_id])
-    pieces = [tokenizer.decode([token]) for token in completion]
+    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in completion]
     for step in range(int(commit_steps.max()) + 1):
         shown = [piece if committed <= step else '.'
                  for piece, committed in zip(pieces, commit_steps)]
-        line = ''.join(shown).replace(end, '').replace('\n', '\\n')
+        line = ''.join(shown).replace('\n', '\\n')
         print(f'{step + 1:4} {line}')
     print(tokenizer.decode(completion, skip_special_tokens=True))
 
 
 def newest_model():
     """The newest model that a run has left in out/, or 'nano' when there is none."""
-    folders = list(Path('out').glob('*/model'))
-    return max(folders, key=os.path.getmtime, default='nano')
+    return max(Path('out').glob('**/model'), key=os.path.getmtime, default='nano')
 
 
 def main():
@@ -276,8 +274,7 @@ def main():
     question = args.prompt
     if not question:
         examples = rewards.load_examples(args.task, 'nano', 'test')
-        example = examples[args.seed % len(examples)]
-        question = rewards.prompt(args.task, example)
+        question = rewards.prompt(args.task, examples[args.seed % len(examples)])
     question.encode()                                # a lone surrogate: no tokenizer takes it
     dtype, device = torch.float32, 'cpu'
     if torch.cuda.is_available():
@@ -293,7 +290,7 @@ def main():
             model, torch.tensor([prompt], device=device), gen_length, defaults.block_length,
             steps, args.temperature, generators=[torch_stream(device, args.seed)])
         kept = up_to_end(ids, model.config.end_ids)[0]           # all that is graded
-        show(tokenizer, model.config, ids[0][kept], commit_steps[0][kept])
+        show(tokenizer, ids[0][kept], commit_steps[0][kept])
 
 
 if __name__ == '__main__':

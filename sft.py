@@ -84,25 +84,18 @@ S1K_PROMPT = f'Solve this problem. {rewards.FORM}the solution.\n\n'
 
 
 def s1k_row(row):
-    """s1K: question, thinking_trajectories, attempt or solution; -> (prompt, answer)."""
+    """s1K: question, thinking_trajectories, attempt; -> (prompt, answer)."""
     thoughts = rewards.column(row, 'thinking_trajectories', list)
-    answer = rewards.column(row, 'attempt' if 'attempt' in row else 'solution')
-    if not thoughts or not isinstance(thoughts[0], str):
-        raise ValueError("column 'thinking_trajectories' holds no text")
-    text = rewards.tagged(thoughts[0].strip(), answer.strip())
+    text = rewards.tagged(thoughts[0].strip(), rewards.column(row, 'attempt').strip())
     text.encode()                                    # as rewards.column does
     return S1K_PROMPT + rewards.column(row, 'question'), text
 
 
 def load_s1k(source):
     """[(prompt, answer)] of 'hub', 'nano' (assets/nano/sft.jsonl), or a file with s1K's columns."""
-    if source == 'hub':
-        sources = [('simplescaling/s1K', None, 'train')]
-    elif source == 'nano':
-        sources = [(str(rewards.FOLDER / 'assets/nano/sft.jsonl'),)]
-    else:
-        sources = [(source,)]
-    return rewards.load_rows(sources, s1k_row)
+    known = dict(hub=('simplescaling/s1K', None, 'train'),
+                 nano=(rewards.FOLDER / 'assets/nano/sft.jsonl',))
+    return rewards.load_rows([known.get(source, (source,))], s1k_row)
 
 
 def encode_traces(traces, tokenizer, max_prompt, max_answer):

@@ -119,12 +119,12 @@ FLAGS = {
         ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
 }
 # The smallest number of these is 1, of all others 0; for some check asks for more.
-AT_LEAST_ONE = ('num_prompts', 'num_iterations', 'num_views', 'sample_batch', 'sft_batch',
-                'sft_length', 'micro_batch', 'save_every')
+AT_LEAST_ONE = ('num_prompts num_iterations num_views sample_batch sft_batch sft_length '
+                'micro_batch save_every').split()
 # A resumed run may change other flags; with these its table would mix what cannot be compared.
-KEPT_BY_RESUME = ('name', 'model', 'adapter', 'dtype', 'stages', 'seed', 'sft_steps', 'lora_alpha',
-                  'eval_n', 'eval_data', 'askers', 'prefill', 'instructions', 'max_prompt',
-                  'gen_length', 'block_length', 'steps', 'cache', 'threshold')
+KEPT_BY_RESUME = ('name model adapter dtype stages seed sft_steps lora_alpha eval_n eval_data '
+                  'askers prefill instructions max_prompt gen_length block_length steps cache '
+                  'threshold').split()
 TASK_PRESETS = {
     'nano': {'gsm8k': dict(grpo_steps=20),                       # a short first run
              'sudoku': dict(block_length=8, steps=48)},          # its digits depend on each other
@@ -266,11 +266,9 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     Means: flat_groups, the share of groups of equal rewards; ratio, of tokens (espo: completions);
     clip_high and clip_low, the shares whose gradient grpo's clip cuts; length, in effective tokens.
     """
-    rows = []
-    for group in groups:
-        rows.append(dict(reward=group.rewards.mean().item(),
-                         flat_groups=float((group.rewards == group.rewards[0]).all()),
-                         length=group.completion_mask.sum(1).float().mean().item()))
+    rows = [dict(reward=group.rewards.mean().item(),
+                 flat_groups=float((group.rewards == group.rewards[0]).all()),
+                 length=group.completion_mask.sum(1).float().mean().item()) for group in groups]
     stats = gather(stats)
     line = dict(stage='grpo', step=step) | means(gather(rows)) | means(stats)
     if stats and 'ratio' in stats[0]:            # 1, for nothing had been updated
@@ -279,7 +277,7 @@ def report(args, step, groups, stats, grad_norms, rollout_seconds, seconds):
     line['bad_updates'] = sum(not math.isfinite(norm) for norm in grad_norms)
     line.update(rollout_seconds=rollout_seconds, seconds=seconds)
     append(args, 'log.jsonl', line)
-    names = ('reward', 'flat_groups', 'kl', 'ratio', 'clip_high', 'clip_low', 'length', 'seconds')
+    names = 'reward flat_groups kl ratio clip_high clip_low length seconds'.split()
     shown = [f'{name} {line[name]:.3f}' for name in names if name in line]
     print0(f'grpo {step + 1}/{args.grpo_steps}: ' + ', '.join(shown))
 
@@ -329,9 +327,8 @@ class Problems:
         problem_index, task_index = divmod(index, len(self.args.tasks))
         task = self.args.tasks[task_index]
         examples = self.examples[task]
-        # an unusable one is passed over; 2n draws in a row hold a whole epoch, so every problem (of
-        # more than 500 problems 1000 draws are tried)
-        for i in range(min(1000, 2 * len(examples))):
+        # an unusable one is passed over; 2n draws in a row hold a whole epoch, so every problem
+        for i in range(2 * len(examples)):
             example = shuffled(examples, problem_index + i, self.args.seed, task)
             prompt_ids = encode(self.args, self.tokenizer, task, example)
             if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
@@ -401,10 +398,8 @@ def evaluate(args, model, tokenizer, test_sets, stage):
             items = graded_answers(args, model, tokenizer, problems, length, label)
             score = rewards.summary(items)
             print0(f'{label}: accuracy {score["accuracy"]:.1%}, reward {score["reward"]:.2f}')
-            saved = dict(generations=items, metrics=score, model_path=args.model,
-                         gen_length=length, diffusion_steps=eval_steps(args, length),
-                         block_length=args.block_length)
-            write_json(args, f'{stage}_{name}_{length}_generations.json', saved)
+            write_json(args, f'{stage}_{name}_{length}_generations.json',
+                       dict(generations=items, metrics=score))
             scores[name][str(length)] = score
             write_json(args, 'results.json', results)
 
@@ -439,13 +434,10 @@ def graded_answers(args, model, tokenizer, problems, length, label):
 
 def graded_items(task, texts, examples, tokens):
     """A dict per completion, as results are kept; tokens: how many count, of each."""
-    items = []
     grades = rewards.grade_all(task, texts, examples)
-    for text, example, (reward, correct), n in zip(texts, examples, grades, tokens):
-        items.append(dict(question=example['question'], generations=text,
-                          ground_truth=example['answer'], reward=reward, correct=correct,
-                          effective_tokens=n))
-    return items
+    return [dict(question=example['question'], generations=text, ground_truth=example['answer'],
+                 reward=reward, correct=correct, effective_tokens=n)
+            for text, example, (reward, correct), n in zip(texts, examples, grades, tokens)]
 
 
 def scores_without_a_model(args, tokenizer, test_sets):
@@ -779,7 +771,7 @@ def run_folder(args):
     taken = {1: first} if first.exists() else {}                 # number -> folder
     for folder in first.parent.glob('*'):
         head, _, number = folder.name.rpartition('-')
-        if head == first.name and number.isdecimal():
+        if head == first.name and number.isdecimal() and int(number) > 1:    # NAME-1 is another's
             taken[int(number)] = folder
     if not args.resume:
         return f'{first}-{max(taken) + 1}' if taken else str(first)
@@ -790,7 +782,7 @@ def run_folder(args):
         return str(last)
     for flag, before in read_json(last, 'config.json').items():
         now = vars(args).get(flag, before)       # a flag that is no more has not changed
-        if flag in ('resume', 'folder') or before == now:
+        if flag == 'resume' or before == now:
             continue
         if flag in KEPT_BY_RESUME:
             raise ValueError(f'{last} was begun with another --{flag}: give the one in its '
@@ -867,7 +859,7 @@ def run(argv=None):
     """main, with one clear line for what the user can mend."""
     try:
         if 'RANK' in os.environ:                 # torchrun has started us
-            local_rank = int(os.environ.get('LOCAL_RANK', 0))
+            local_rank = int(os.environ['LOCAL_RANK'])
             if local_rank < torch.cuda.device_count():
                 torch.cuda.set_device(local_rank)
             # lists and numbers go through gloo, on the CPU; gradients through NCCL

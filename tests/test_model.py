@@ -103,11 +103,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model, ids = tiny(), tokens(2, 9)
     passes = []
     model.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    model.token_logps(ids, ids).sum().backward()
+    model.token_logps(ids, ids, ids >= 0).sum().backward()
     expected = gradients(model)
     model.zero_grad()
     model.gradient_checkpointing = True
-    model.token_logps(ids, ids).sum().backward()
+    model.token_logps(ids, ids, ids >= 0).sum().backward()
     assert_same(gradients(model), expected, 1e-6)
     assert len(passes) == 1 + 2, 'a block runs again in the backward pass'
 
@@ -119,7 +119,7 @@ def test_float32_weights_in_bfloat16_arithmetic_equal_bfloat16_weights(tmp_path)
     model.compute_dtype = torch.bfloat16
     assert torch.equal(model(ids), half(ids))
     assert not torch.equal(model(ids).float(), exact)
-    logps = model.token_logps(ids, ids)
+    logps = model.token_logps(ids, ids, ids >= 0)
     assert not torch.equal(logps, logps.bfloat16().float()), 'log-probs are finer'
     for (keys, values), (half_keys, _) in zip(model.new_cache(2, 9), half.new_cache(2, 9)):
         assert keys.dtype == values.dtype == half_keys.dtype == torch.bfloat16
@@ -131,25 +131,24 @@ def test_float32_weights_in_bfloat16_arithmetic_equal_bfloat16_weights(tmp_path)
 
 # ---- log-probs of given tokens ----
 
-@pytest.mark.parametrize('at_once', [2 ** 25, 3 * V, 1])     # all tokens, three, one at a time
-@pytest.mark.parametrize('share', [None, 0.5, 0.0])          # of the targets that are scored
+@pytest.mark.parametrize('at_once', [2 ** 25, 3 * V, V])     # all tokens, three, one at a time
+@pytest.mark.parametrize('share', [1, 0.5, 0.0])             # of the targets that are scored
 def test_token_logps_and_gradients_are_those_of_log_softmax(monkeypatch, at_once, share):
     monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', at_once)
     model, ids, targets = tiny(), tokens(3, 11), tokens(3, 5, seed=3)
     g = torch.Generator().manual_seed(4)
     weights = torch.randn(3, 5, generator=g)
-    scored = None if share is None else torch.rand(3, 5, generator=g) < share
-    counted = torch.ones(3, 5, dtype=torch.bool) if share is None else scored
+    scored = torch.rand(3, 5, generator=g) < share
 
     logits = model(ids, REAL)[:, 6:]
-    plain = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0] * counted
+    plain = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0] * scored
     (plain * weights).sum().backward()
     expected = gradients(model)
     model.zero_grad()
     sizes = []                                   # what the LM head sees in each of its calls
     model.ff_out.register_forward_hook(lambda layer, inputs, logits: sizes.append(len(logits)))
     logps = model.token_logps(ids, targets, scored, REAL)
-    assert sum(sizes) == counted.sum() and max(sizes) <= max(1, at_once // V)
+    assert sum(sizes) == scored.sum() and max(sizes) <= at_once // V
     (logps * weights).sum().backward()
 
     assert logps.dtype == torch.float32
@@ -168,7 +167,7 @@ def test_nothing_as_large_as_the_logits_of_all_tokens_waits_for_the_backward_pas
         kept[tensor.data_ptr()] = tensor.numel()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = model.token_logps(ids, ids)
+        logps = model.token_logps(ids, ids, ids >= 0)
     assert 0 < sum(kept.values()) < n * size
     logps.sum().backward()
 
@@ -238,7 +237,7 @@ def test_adapters_are_float32_beside_bfloat16_weights():
     model = adapted_twice(tiny().to(torch.bfloat16))
     adapters = [p for name, p in model.named_parameters() if 'adapters' in name]
     assert {p.dtype for p in adapters} == {torch.float32}
-    model.token_logps(IDS, IDS).sum().backward()
+    model.token_logps(IDS, IDS, IDS >= 0).sum().backward()
     assert {grad.dtype for grad in gradients(model).values()} == {torch.float32}
     assert model(IDS).dtype == torch.bfloat16
 

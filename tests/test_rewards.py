@@ -265,7 +265,7 @@ def test_code_earns_the_share_of_tests_and_half_a_point_for_the_form():
     assert grade('code', '') == grade('code', BODY) == (0.0, False)
 
 
-def kodcode(test, solution='', question='Double it.'):
+def kodcode(test, solution, question='Double it.'):
     return TASKS['code'].from_row(dict(question=question, test=test, solution=solution))
 
 
@@ -273,7 +273,8 @@ CALLS_F = 'def test_one():\n    assert {}(1) == 2\ndef test_two():\n    assert {
 ROWS = dict(
     mbpp=dict(text='Double it.', test_setup_code='TWO = 2', code=BODY,
               test_list=['assert f(1) == TWO', 'assert f(TWO) == 4']),
-    sanitized=dict(prompt='Double.', test_list=['assert f(1) == 2'], test_imports=['import math']),
+    sanitized=dict(prompt='Double.', test_list=['assert f(1) == 2'], test_imports=['import math'],
+                   code=BODY),
     builtin=dict(text='Add.', test_list=['assert sum(1, 2) == 3'],
                  code='def sum(a, b): return a + b'),
     humaneval=dict(prompt='import math\ndef f(x):\n    """Twice x."""\n', entry_point='f',
@@ -283,14 +284,13 @@ ROWS = dict(
                test='import numpy as np\ndef check(c):\n    assert np.allclose(c(1), 2)'))
 for name, test in dict(
         kodcode='from solution import f\n' + CALLS_F.format('f', 'f'),
-        renamed='from solution import f as g\n' + CALLS_F.format('g', 'g'),
         module='"""\nfrom left to right"""\nimport solution\n'
                + CALLS_F.format('solution.f', 'solution.f'),
         star='from solution import *\n' + CALLS_F.format('f', 'f'),
         bare='def own(x): return x\n' + CALLS_F.format('f', 'f') + '\n    own(len([1]))',
         method='from solution import f\nclass TestF:\n    def test_a(self): assert f(1) == 2'
 ).items():
-    ROWS[name] = dict(question='Double it.', test=test)
+    ROWS[name] = dict(question='Double it.', test=test, solution=BODY)
 
 
 @pytest.mark.parametrize('name', ROWS)
@@ -306,8 +306,7 @@ def test_rows_of_four_data_sets_become_problems_that_name_the_function(name):
 def test_the_name_in_the_prompt_is_what_the_tests_call():
     tree = 'class TreeNode: pass\ndef depth(node): return 0\ndef helper(): pass'
     test = 'from solution import TreeNode, depth\ndef test_a(): assert depth(None) == 0'
-    for solution in (tree, ''):
-        assert kodcode(test, solution)['question'].endswith('\nName it depth.')
+    assert kodcode(test, tree)['question'].endswith('\nName it depth.')
     queue = kodcode('from solution import push, pop\ndef test_a():\n    q = []\n    push(q, 1)\n'
                     '    assert q == [1] and pop(q) == 1 and q == []',
                     'def push(q, x): q.append(x)\ndef pop(q): return q.pop()')
@@ -319,7 +318,7 @@ def test_the_name_in_the_prompt_is_what_the_tests_call():
 def test_a_problem_that_its_own_solution_does_not_pass_is_not_sound():
     assert not is_sound(kodcode(CALLS_F.format('f', 'f'), 'def f(x): return 2'))
     assert not is_sound(kodcode(CALLS_F.format('f', 'f'), 'import numpy\n' + BODY))
-    assert is_sound(kodcode(CALLS_F.format('f', 'f')))   # nobody knows
+    assert is_sound(kodcode(CALLS_F.format('f', 'f'), BODY))
     assert is_sound(EXAMPLES['gsm8k'])
 
 
@@ -424,17 +423,19 @@ BAD_ROWS = [
     ('countdown', dict(nums=[3, 4, 5, 6], target=18)), ('sudoku', dict(Puzzle=GRID, Solution=GRID)),
     ('sudoku', dict(Puzzle='1320004330100004', Solution=GRID)), ('code', dict(question='q')),
     ('sudoku', dict(Puzzle=GRID, Solution='')),
-    ('code', dict(question='q', test='def (')), ('code', dict(question='q', test=FIXTURE)),
-    ('code', dict(question='q', test='import os, nowhere_at_all\n' + CALLS_F.format('f', 'f'))),
-    ('code', dict(question='q', test='async ' + CALLS_F.format('f', 'f'))),
-    ('code', dict(question='q', test='def setup_method(): 1\n' + CALLS_F.format('f', 'f'))),
+    *[('code', dict(question='q', solution=BODY, test=test)) for test in (
+        'def (', FIXTURE, 'import os, nowhere_at_all\n' + CALLS_F.format('f', 'f'),
+        'async ' + CALLS_F.format('f', 'f'),
+        'def setup_method(): 1\n' + CALLS_F.format('f', 'f'),
+        'from solution import f as g\n' + CALLS_F.format('g', 'g'))],
+    ('code', dict(question='q', test=CALLS_F.format('f', 'f'))),     # what is to be defined?
     ('code', dict(question='q', test='from solution import S\ndef test_a(): assert S().f() == 2',
                   solution='class S:\n    def f(self): return 2')),
-    ('code', dict(text='t', test_list=[1])), ('gsm8k', dict(GSM8K_ROW, asker='\ud800')),
+    ('code', dict(text='t', code=BODY, test_list=[1])), ('gsm8k', dict(GSM8K_ROW, asker='\ud800')),
     ('code', dict(prompt='p', entry_point='f(', test='def check(f): pass')),
     ('code', dict(prompt='p', entry_point='S().f', test='def check(f): pass')),
-    ('code', dict(text='t', test_list=['assert f(1) == ' + '+'.join(9000 * '1')])),
-    ('code', dict(text='t', test_list=['f()'], test_imports=5))]
+    ('code', dict(text='t', code=BODY, test_list=['assert f(1) == ' + '+'.join(9000 * '1')])),
+    ('code', dict(text='t', code=BODY, test_list=['f()'], test_imports=5))]
 
 
 @pytest.mark.parametrize('task, bad', BAD_ROWS)

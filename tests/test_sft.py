@@ -101,17 +101,13 @@ def test_batches_hold_every_pair_once_per_epoch():
 
 # ---- s1K ----
 
-def test_s1k_becomes_tagged_text(tmp_path):
-    row = dict(question='Why?', thinking_trajectories=[' because ', 'x'], solution='or')
+def test_s1k_becomes_tagged_text(tmp_path, capsys):
+    row = dict(question='Why?', thinking_trajectories=[' because ', 'x'], attempt=' so ')
+    bad = dict(row, thinking_trajectories=[]), dict(row, attempt=5)
     file = tmp_path / 's1k.jsonl'
-    file.write_text(json.dumps(dict(row, attempt=' so ')) + '\n' + json.dumps(row))
-    pairs = sft.load_s1k(str(file))
-    assert [answer for _, answer in pairs] == [rewards.tagged('because', reply)
-                                               for reply in ('so', 'or')]
-    assert all(prompt == sft.S1K_PROMPT + 'Why?' for prompt, _ in pairs)
-    for bad in (dict(row, thinking_trajectories=[]), dict(row, attempt=5)):
-        with pytest.raises(ValueError):
-            sft.s1k_row(bad)
+    file.write_text('\n'.join(json.dumps(some) for some in (row, *bad)))
+    assert sft.load_s1k(str(file)) == [(sft.S1K_PROMPT + 'Why?', rewards.tagged('because', 'so'))]
+    assert '2 of 3 rows' in capsys.readouterr().err
 
 
 def test_s1k_is_the_hub_s_or_the_nano_world_s(monkeypatch):

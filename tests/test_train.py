@@ -362,7 +362,8 @@ def test_sudoku_is_evaluated_on_the_256_puzzles_that_d1_drew(tokenizer):
 
 def test_code_is_evaluated_on_human_eval_and_mbpp_apart(tokenizer, monkeypatch):
     human = dict(prompt='def f(x):\n', entry_point='f', test='def check(f):\n    assert f(1) == 1')
-    mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='')
+    mbpp = dict(text='Double it.', test_list=['assert f(1) == 2'], test_setup_code='',
+                code='def f(x): return 2 * x')
     hub = {'openai/openai_humaneval': [human], 'google-research-datasets/mbpp': [mbpp, mbpp]}
 
     def read_rows(source, config, split):
