@@ -237,6 +237,9 @@ def test_experiments_runs_a_cell_once_and_the_study(tmp_path, monkeypatch, capsy
     assert list(row['results']) == ['constant', 'base', 'grpo']
     assert len(row['curve']['reward']) == 1
 
+    experiments.methods_table([row | dict(kind='sft-wd1', tasks='countdown', results={})], [])
+    assert '| wd1 | - | - | - |  |' in capsys.readouterr().out, 'no run from the base yet'
+
     args = experiments.argparse.Namespace(out=tmp_path, truth=tmp_path / 'truth.jsonl')
     experiments.truth(args, 0, 'gsm8k', 'base', num_groups=1, draws=2)
     [row] = experiments.rows_of(args.truth)

@@ -565,10 +565,10 @@ def methods_table(rows, drifts):
             kinds = ['grpo', 'd1']
         found = [row for row in rows if row['kind'] in kinds and row['tasks'] == 'countdown']
         if found:
-            seconds = mean([median(row['curve']['seconds']) for row in found
-                            if row['kind'] == kinds[0] and row['base'] < 3])     # all have these
+            seconds = [median(row['curve']['seconds']) for row in found
+                       if row['kind'] == kinds[0] and row['base'] < 3]           # all have these
             print_row([name, *[spread(scores(rows, kind, 'grpo', 'countdown', 48))
-                               for kind in kinds], f'{seconds:.2f}',
+                               for kind in kinds], f'{mean(seconds):.2f}' if seconds else '-',
                        ', '.join(f"{row['kl']:.1f}" for row in drifts if row['stage'] == kinds[0])])
 
 
