@@ -75,7 +75,8 @@ def masked_mean(values, mask, norm):
     """The mean of values (B, L) where mask (B, L) is 1: over 'token's, or per 'sequence' first."""
     values = values * mask
     if norm == 'sequence':
-        return (values.sum(1) / mask.sum(1)).mean()              # of (B,)
+        means = values.sum(1) / mask.sum(1)                      # (B,)
+        return means.mean()
     assert norm == 'token', norm
     return values.sum() / mask.sum()
 

@@ -174,7 +174,7 @@ class LLaDA(nn.Module):
 
         attention_mask (B, T): True or 1 = real token; None = all are.
         cache: ids stand at start.. of the sequence, their keys and values are written into it, and
-        attention goes to all that it holds; then attention_mask is of all that, too.
+        attention goes to all that it holds: with one, attention_mask is as long as the cache.
         """
         return self.ff_out(self.hidden(ids, attention_mask, positions, cache, start))
 
@@ -211,8 +211,8 @@ class LLaDA(nn.Module):
         positions = torch.arange(T - L, T, device=ids.device).expand(B, L)
         h = self.hidden(ids, attention_mask, positions)                      # (B, L, d)
         at_once = LOGITS_AT_ONCE // self.config.embedding_size               # tokens
-        parts = [checkpoint(self.head_logps, *some, use_reentrant=False)
-                 for some in zip(h[scored].split(at_once), targets[scored].split(at_once))]
+        chunks = zip(h[scored].split(at_once), targets[scored].split(at_once))
+        parts = [checkpoint(self.head_logps, *chunk, use_reentrant=False) for chunk in chunks]
         logps = torch.zeros(B, L, device=ids.device)
         logps[scored] = torch.cat(parts)
         return logps

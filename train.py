@@ -771,7 +771,8 @@ def run_folder(args):
     taken = {1: first} if first.exists() else {}                 # number -> folder
     for folder in first.parent.glob('*'):
         head, _, number = folder.name.rpartition('-')
-        if head == first.name and number.isdecimal() and int(number) > 1:    # NAME-1 is another's
+        # we give numbers from 2 on: NAME-1 is a run of that very name
+        if head == first.name and number.isdecimal() and int(number) > 1:
             taken[int(number)] = folder
     if not args.resume:
         return f'{first}-{max(taken) + 1}' if taken else str(first)

@@ -334,12 +334,12 @@ def test_prompts_are_padded_on_the_left():
 def test_the_script_shows_a_completion_of_the_newest_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sample.newest_model() == 'nano'
-    for name, seconds in (('b', 1000), ('a', 500)):
+    for name, seconds in (('mine/b', 1000), ('a', 500)):         # --name mine/b
         folder = Path('out', name, 'model')
         load('nano')[0].save_pretrained(folder)
         save_tokenizer(folder, 'nano')
         os.utime(folder, (seconds, seconds))
-    assert sample.newest_model() == Path('out/b/model')
+    assert sample.newest_model() == Path('out/mine/b/model')
 
     def examples(*source):
         return [dict(question=f'{source} {i}?') for i in range(3)]

@@ -330,6 +330,13 @@ def test_test_problems_that_are_not_asked_are_not_trained_on_either(tmp_path, to
     assert [example['question'] for example in examples] == ['4 + 1 =']
 
 
+def test_a_problem_that_fits_is_found_among_thousands_that_do_not(tmp_path, tokenizer):
+    long = [problem(f'{i} ' + '+ 1 ' * 40) for i in range(2500)]
+    data = lines(tmp_path / 'train.jsonl', problem('1 + 1 ='), *long)
+    problems = train.Problems(nano_args('--data', data), tokenizer)
+    assert problems.draw(0)[2]['question'] == '1 + 1 ='
+
+
 def test_a_code_problem_that_fails_its_own_solution_is_never_drawn(tmp_path, tokenizer):
     def row(i, code):
         return dict(text=f'{i}', code=code, test_list=[f'assert f({i}) == {i}'])
@@ -566,6 +573,7 @@ def test_the_same_command_begins_another_run_and_resume_goes_on_with_the_newest(
 
 def test_a_name_with_a_folder_in_it_is_numbered_there(tmp_path):
     args = nano_args('--out', str(tmp_path), '--name', 'mine/run')
+    (tmp_path / 'mine/run-1').mkdir(parents=True)                # somebody's own name
     for name in ('run', 'run-2', 'run-3'):
         folder = Path(train.run_folder(args))
         assert folder == tmp_path / 'mine' / name
