@@ -99,7 +99,9 @@ def rotate(x, rope):
 
 def at_positions(x, positions):
     """x (B or 1, T, d) at positions (B, n) -> (B, n, d)."""
-    return x.take_along_dim(positions.unsqueeze(-1), dim=1)
+    index = positions.unsqueeze(-1).expand(-1, -1, x.size(-1))               # (B, n, d)
+    # not take_along_dim, which torch.compile compiles anew for every size
+    return x.expand(len(index), -1, -1).gather(1, index)
 
 
 class Block(nn.Module):
