@@ -125,11 +125,11 @@ def llada_loop(model, prompt, gen_length, block_length, steps, temperature, cfg_
 @pytest.mark.parametrize('lengths', LENGTHS)
 def test_generate_is_llada_s_loop(lengths):
     model = bias(tiny(seed=2, end_ids=(EOS, 7, 9)), {EOS: 0.5, 7: 0.5})
-    prompt_ids, filled_up = tokens(12, 6), set()
+    prompt_ids, filled_up = tokens(6, 6), set()
     for temperature, cfg_scale in ((0.0, 0.0), (0.0, 1.5), (0.8, 0.0), (0.8, 1.5)):
         ids, commit_steps = generate(model, prompt_ids, *lengths, temperature, cfg_scale,
-                                     generators=streams(range(12)))
-        for row, generator in enumerate(streams(range(12))):
+                                     generators=streams(range(6)))
+        for row, generator in enumerate(streams(range(6))):
             expected = llada_loop(model, prompt_ids[row], *lengths, temperature, cfg_scale,
                                   generator)
             assert_equal((ids[row], commit_steps[row]), expected)
