@@ -142,8 +142,11 @@ class Block(nn.Module):
             h = at_positions(h, positions)
             rope = at_positions(rope, positions)
         q = rotate(self.q_norm(self.heads(self.q_proj(h))), rope)            # (B, nh, n, hs)
-        grouped = q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        if q.size(1) > k.size(1):       # several queries share a key; enable_gqa has no kernel for
+            repeats = q.size(1) // k.size(1)                     # float32 or masks on a GPU
+            k = k.repeat_interleave(repeats, dim=1)
+            v = v.repeat_interleave(repeats, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)          # (B, nh, n, hs)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))

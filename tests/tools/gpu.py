@@ -148,7 +148,7 @@ class FusedAttention(torch.autograd.Function):
 def fused_attention():
     plain = F.scaled_dot_product_attention
 
-    def fused(q, k, v, attn_mask=None, enable_gqa=False):
+    def fused(q, k, v, attn_mask=None):
         return FusedAttention.apply(q, k, v)
     F.scaled_dot_product_attention = fused
     try:
