@@ -212,7 +212,8 @@ def wd1_loss(logps, advantages, completion_mask):
 def rejection_loss(logps, right, completion_mask):
     """No RL but SFT on the right completions alone (rejection sampling); right (B,), 1 or 0.
 
-    With the estimator 'elbo' and one view this is masked SFT on them, ends included, padding not.
+    With the estimator 'elbo', one view and no prompt mask this is masked SFT on them: ends are
+    learnt, padding is not.
     """
     kept = completion_mask * right.unsqueeze(1)                              # (B, L)
     return -(logps * kept).sum() / kept.sum().clamp(min=1), {}

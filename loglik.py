@@ -78,6 +78,7 @@ def stepmerge_views(commit_steps, num_views):
     those of 0 to 2. One part is d1's estimate; T parts follow the whole rollout.
     """
     steps = int(commit_steps.max()) + 1
+    num_views = min(num_views, steps)                         # a part without a step scores nothing
     part = commit_steps * num_views // steps                  # (B, L): 0 .. num_views - 1
     return [View(part >= i, part == i) for i in range(num_views)]
 
@@ -93,10 +94,10 @@ def coupled_views(completion_ids, generator=None):
 
 
 def elbo_views(completion_ids, num_views, generator=None):
-    """LLaDA's bound (arXiv 2502.09992, eq. 3) from num_views noise levels, evenly spread.
+    """LLaDA's bound (arXiv 2502.09992, eqs. 3, 4) from num_views noise levels, evenly spread.
 
-    Each masks a share t of the tokens at random and weighs them by 1/t. The sum bounds log p(o|q)
-    from below for text in any order: another quantity than the likelihood of a rollout.
+    Each masks a share t of the tokens at random and weighs them by 1/t. In the mean the sum bounds
+    log p(o|q) from below for text in any order: another quantity than the likelihood of a rollout.
     """
     B, device = len(completion_ids), completion_ids.device
     start = torch.rand((B, 1), device=device, generator=generator)

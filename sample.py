@@ -285,6 +285,9 @@ def main():
         steps = train.eval_steps(defaults, gen_length)
         model, tokenizer = load(name, dtype, device)
         prompt = chat(tokenizer, question)
+        if len(prompt) + gen_length > model.config.max_sequence_length:
+            raise ValueError(f'the prompt, {len(prompt)} tokens, and --gen_length {gen_length} are '
+                             f'more than {name} takes: {model.config.max_sequence_length}')
         print(f'{name}: {tokenizer.decode(prompt)}')
         ids, commit_steps = generate(
             model, torch.tensor([prompt], device=device), gen_length, defaults.block_length,

@@ -72,7 +72,8 @@ FLAGS = {
         ('askers', '', '', 'names, such as Ann,Ben, where a row has none; nobody: ask without one'),
         ('sft_data', 'nano', 'hub', "traces: 'nano', 'hub' (s1K) or a file with s1K's columns"),
         ('max_prompt', 64, 512, 'tokens; longer prompts are skipped'),
-        ('instructions', '', '', "a file of other instructions than rewards.py's; nano sees none"),
+        ('instructions', '', '', "a file of others than rewards.py's; nano sees none of "
+         'their first paragraph'),
         ('prefill', '', '', "what every completion begins with, such as '<reasoning>\\n'")],
     'diffu-GRPO': [
         ('grpo_steps', 40, 640, 'iterations of num_prompts prompts and mu updates; nano gsm8k: 20'),
@@ -88,7 +89,8 @@ FLAGS = {
         ('divide_by_std', False, False, "divide advantages by their group's standard deviation"),
         ('loss', 'grpo', 'grpo', 'of the policy; grpo.py has the others',
          ['grpo', 'espo', 'stable', 'wd1', 'rejection']),
-        ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others',
+        ('estimator', 'one_step', 'one_step', 'of the log-probs; loglik.py has the others; ar and '
+         'exact keep a pass per token or step in memory: for small models',
          ['one_step', 'coupled', 'stepmerge', 'ar', 'elbo', 'exact']),
         ('num_views', 4, 4, 'forward passes of the estimators stepmerge and elbo'),
         ('learning_rate', 2e-5, 3e-6, 'AdamW, constant')],
@@ -116,13 +118,13 @@ FLAGS = {
         ('eval_n', 256, 0, 'test problems (0 = all)'),
         ('eval_lengths', '48,96', '128,256,512', 'completion lengths; steps in proportion'),
         ('eval_every', 0, 0, 'iterations between evaluations and saved adapters (0 = off)'),
-        ('save_every', 10, 1, 'updates (SFT) or iterations between checkpoints')],
+        ('save_every', 10, 5, 'updates (SFT) or iterations between checkpoints')],
 }
 # The smallest number of these is 1, of all others 0; for some check asks for more.
 AT_LEAST_ONE = ('num_prompts num_iterations num_views sample_batch sft_batch sft_length '
                 'micro_batch save_every').split()
 # A resumed run may change other flags; with these its table would mix what cannot be compared.
-KEPT_BY_RESUME = ('name model adapter dtype stages seed sft_steps lora_alpha eval_n eval_data '
+KEPT_BY_RESUME = ('model adapter dtype stages seed sft_steps lora_alpha eval_n eval_data '
                   'askers prefill instructions max_prompt gen_length block_length steps cache '
                   'threshold').split()
 TASK_PRESETS = {
@@ -311,16 +313,25 @@ class Problems:
         self.args, self.tokenizer = args, tokenizer
         self.examples = {}                       # task -> its training examples
         for task, source in args.data.items():
-            examples = rewards.load_examples(task, source, 'train', args.askers)
-            self.examples[task] = [e for e in examples if (task, e['key']) not in tested]
-            num_tested = len(examples) - len(self.examples[task])
+            loaded = rewards.load_examples(task, source, 'train', args.askers)
+            examples = [e for e in loaded if (task, e['key']) not in tested]
+            self.examples[task] = examples
+            num_tested = len(loaded) - len(examples)
             if num_tested:
-                print0(f'{task}: {num_tested} of {len(examples)} training problems are test '
+                print0(f'{task}: {num_tested} of {len(loaded)} training problems are test '
                        'problems, too, and left out')
-            if not self.examples[task]:
+            if not examples:
                 raise ValueError(f'--data: no training problem of {task} is left')
+            first = examples[:1000]              # all of a large file take minutes
+            num_long = sum(not self.fits(task, example) for example in first)
+            if num_long:
+                print0(f'{task}: {num_long} of the first {len(first)} training prompts are over '
+                       f'--max_prompt {args.max_prompt} and passed over')
         for index in range(len(args.tasks)):
             self.draw(index)                     # raises where none of a task can be used
+
+    def fits(self, task, example):
+        return len(encode(self.args, self.tokenizer, task, example)) <= self.args.max_prompt
 
     def draw(self, index):
         """Problem number index: task, prompt ids, example; another for one that cannot be used."""
@@ -330,11 +341,10 @@ class Problems:
         # an unusable one is passed over; 2n draws in a row hold a whole epoch, so every problem
         for i in range(2 * len(examples)):
             example = shuffled(examples, problem_index + i, self.args.seed, task)
-            prompt_ids = encode(self.args, self.tokenizer, task, example)
-            if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
-                return task, prompt_ids, example
-        raise ValueError(f'{task}: no training problem fits --max_prompt {self.args.max_prompt} '
-                         'and is passed by its own solution')
+            if self.fits(task, example) and rewards.is_sound(example):
+                return task, encode(self.args, self.tokenizer, task, example), example
+        raise ValueError(f'{task}: no training problem fits --max_prompt {self.args.max_prompt}, '
+                         'or none of code is passed by its own solution')
 
 
 def encode(args, tokenizer, task, example):
@@ -603,6 +613,7 @@ def read_log(args, name):
 def save_checkpoint(args, stage, step, steps, model, optimizer):
     """All that training has made, every save_every steps of a stage and after the last."""
     if step % args.save_every == 0 or step == steps:
+        write_json(args, 'config.json', vars(args))              # which --resume may have changed
         write(args, f'{stage}.pt', dict(step=step, weights=trained_weights(args, model),
                                         optimizer=optimizer.state_dict()))
 
@@ -672,6 +683,8 @@ def preset(model):
         return 'nano'
     if Path(model, 'config.json').exists() and 'nano' in read_json(model, 'config.json'):
         return 'nano'                            # make.py writes this key, a run copies it
+    if Path(model, 'model', 'config.json').exists():
+        raise ValueError(f'--model {model} is the folder of a run: give {model}/model')
     return 'LLaDA'
 
 
@@ -745,8 +758,8 @@ def check(args):
         raise ValueError('--askers takes names, such as Ann,Ben, or nobody alone')
     args.data = sources_of(args.tasks, args.data)
     args.eval_data = sources_of(args.tasks, args.eval_data)
-    with explained(f'--device {args.device} is not usable here: --device cpu --no-compile is, and '
-                   'slow for all but small models'):
+    with explained(f'--device {args.device}, for --model {args.model}, is not usable here: '
+                   '--device cpu --no-compile is, and slow for all but small models'):
         torch.empty(1, device=args.device)
     return args
 
@@ -763,7 +776,7 @@ def sources_of(tasks, sources):
 
 
 def run_folder(args):
-    """out/NAME, or NAME-2, NAME-3, ..., after the last there is; with --resume the last."""
+    """out/NAME, or NAME-2, NAME-3, ..., after the last there is; with --resume our last."""
     model = Path(args.model).name
     kind = '+'.join(args.stages) or 'eval'
     name = args.name or f'{model}-{"+".join(args.tasks)}-{kind}-seed{args.seed}'
@@ -776,19 +789,25 @@ def run_folder(args):
             taken[int(number)] = folder
     if not args.resume:
         return f'{first}-{max(taken) + 1}' if taken else str(first)
-    if not taken:
+
+    def config(folder):
+        if Path(folder, 'config.json').exists():
+            return read_json(folder, 'config.json')
+        return {}                                # killed before it had written any
+    # NAME-7 may also be the very name of another run
+    ours = [number for number, folder in taken.items()
+            if config(folder).get('name', args.name) == args.name]
+    if not ours:
         raise ValueError(f'{first} holds no run to go on with: leave out --resume')
-    last = taken[max(taken)]
-    if not Path(last, 'config.json').exists():   # killed before it had written any
-        return str(last)
-    for flag, before in read_json(last, 'config.json').items():
+    last = taken[max(ours)]
+    for flag, before in config(last).items():
         now = vars(args).get(flag, before)       # a flag that is no more has not changed
         if flag == 'resume' or before == now:
             continue
         if flag in KEPT_BY_RESUME:
-            raise ValueError(f'{last} was begun with another --{flag}: give the one in its '
+            raise ValueError(f'{last} was made with another --{flag}: give the one in its '
                              'config.json, or leave out --resume')
-        print0(f'note: {last} was begun with another --{flag}: {before}')
+        print0(f'note: {last} was made with another --{flag}: {before}')
     return str(last)
 
 
@@ -826,7 +845,9 @@ def main(argv=None):
     args.folder = run_folder(args)
     barrier()                                    # every process has looked before one writes
     Path(args.folder).mkdir(parents=True, exist_ok=True)
-    write_json(args, 'config.json', vars(args))
+    if not Path(args.folder, 'config.json').exists():
+        write_json(args, 'config.json', vars(args))
+    print0(f'{args.folder}: if this run is stopped, --resume goes on with it')
 
     model.compute_dtype = dtype                  # of arithmetic
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -872,7 +893,8 @@ def run(argv=None):
         sys.exit('train.py: the memory is too small: lower --num_generations, --sample_batch or '
                  '--micro_batch, or give --gradient_checkpointing')
     except KeyboardInterrupt:
-        sys.exit('stopped; the same command with --resume goes on from the last checkpoint')
+        sys.exit('stopped; if the run had named its folder, the same command with --resume goes on '
+                 'from its last checkpoint')
     except torch._dynamo.exc.TorchDynamoException as e:
         line = str(e).strip().partition('\n')[0]
         sys.exit(f'train.py: torch.compile failed ({line}): give --no-compile, or empty its cache '

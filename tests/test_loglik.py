@@ -88,6 +88,7 @@ def test_one_step_is_one_view_with_all_masked():
 def test_segments_follow_the_steps_of_the_rollout():
     views = stepmerge_views(COMMIT_STEPS, 2)
     assert scored_in(views) == [[[0], [1], [0], [1]], [[1], [0], [0], [1]]]
+    assert len(stepmerge_views(COMMIT_STEPS, 99)) == int(COMMIT_STEPS.max()) + 1
     views = draw_views('stepmerge', 4, COMPLETION_IDS, COMMIT_STEPS)
     assert scored_in(views) == [[[k] for k in row] for row in COMMIT_STEPS.tolist()]
     for i, view in enumerate(views):

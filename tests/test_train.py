@@ -316,6 +316,7 @@ def test_too_long_prompts_are_replaced_in_training_and_left_out_of_tests(mixed, 
     assert [example['question'] for _, _, example in tests] == ['0 + 1 =', '3 + 1 =']
     assert '2 of 6' in capsys.readouterr().out
     problems = train.Problems(args, tokenizer)
+    assert '4 of the first 6' in capsys.readouterr().out
     assert {problems.draw(i)[2]['question'] for i in range(20)} == {'0 + 1 =', '3 + 1 ='}
 
 
@@ -624,11 +625,25 @@ def test_a_run_that_is_given_more_steps_ends_as_one_that_had_them(out):
 
 def test_resume_does_not_take_a_run_of_another_name_for_a_later_one(out):
     flags = ['--stages', 'sft', '--eval_lengths', '8']
-    run(out, 'exp', *flags), run(out, 'exp-3', *flags)
+    run(out, 'exp-3', *flags)
     kept = content(out / 'exp-3')
-    with pytest.raises(ValueError, match='another --name'):
+    with pytest.raises(ValueError, match='exp holds no run'):
         run(out, 'exp', *flags, '--resume')
-    assert content(out / 'exp-3') == kept
+    stop(out, 'exp', 2, *flags)                  # after exp-3: exp-4
+    run(out, 'exp', *flags, '--resume')
+    assert content(out / 'exp-4') == kept == content(out / 'exp-3')
+    assert not (out / 'exp').exists()
+
+
+def test_config_has_the_flags_of_the_last_checkpoint(out):
+    flags = ['--stages', 'grpo', '--eval_lengths', '8', '--learning_rate', '0.01']
+    config = stop(out, 'config', 3, *flags) / 'config.json'
+    kept = config.read_text()
+    with pytest.raises(ValueError, match='no checkpoint of this model'):
+        run(out, 'config', *flags, '--resume', '--lora_rank', '4')
+    assert config.read_text() == kept
+    run(out, 'config', *flags, '--resume', '--epsilon', '0.2')
+    assert json.loads(config.read_text())['epsilon'] == 0.2
 
 
 @pytest.mark.parametrize('flags', [
@@ -769,6 +784,7 @@ BAD = [
     ('--eval_data F/column.jsonl', 'column.jsonl'),
     ('--sft_data F/good.jsonl', 'good.jsonl'),
     ('--device cpu --model nowhere/nothing', 'nowhere/nothing'),
+    ('--model F/run', 'run/model'),              # of the run's last model
     ('--adapter F/nowhere', 'nowhere'),
     ('--adapter F/foreign', 'foreign'),                          # of another model
 ]
@@ -780,6 +796,8 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     lines(tmp_path / 'column.jsonl', dict(question='How many?'))
     lines(tmp_path / 'long.jsonl', problem('How many?' * 99))
     save_adapter(tmp_path / 'foreign', add_lora(tiny(), 2, 2), '')
+    (tmp_path / 'run/model').mkdir(parents=True)
+    lines(tmp_path / 'run/model/config.json', dict(nano=True))
     monkeypatch.chdir(tmp_path)                  # out/ would be here
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(SystemExit) as end:
@@ -865,6 +883,8 @@ def test_the_sampler_as_a_program_shows_the_shipped_base_or_asks_what_is_asked(
     prompt = tokenizer.decode(chat(tokenizer, 'How many?'))      # and no instructions
     assert shown('--model', base, '--prompt', 'How many?').startswith(f'{base}: {prompt}\n')
     assert lengths == [(48, 4, 24), (256, 32, 128)]
+    with pytest.raises(ValueError, match='--gen_length 500'):    # nano takes 512 in all
+        shown('--gen_length', '500')
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--model', 'nowhere/nothing'])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')

@@ -41,7 +41,8 @@ EXERCISES = [
      '`--estimator stepmerge`.', 'Which part does step s belong to? In the first one nothing is '
      'in sight.'),
     ('grpo.py', 'rejection_loss', 15, 'The rival of RL: SFT on what came out right. Then try '
-     '`--loss rejection --estimator elbo --num_views 1`.', 'A group may have no right one.'),
+     '`--loss rejection --estimator elbo --num_views 1 --p_mask_prompt 0`.',
+     'A group may have no right one.'),
     ('loglik.py', 'exact_logps', 90, 'The sampler draws at every mask but commits only the surest '
      'draws, so that even what it threw away tells something: it was less sure. Then try '
      '`--estimator exact --p_mask_prompt 0`.', 'drawn_tokens is given. Begin with one block, '
