@@ -193,7 +193,7 @@ def test_the_corpus_is_sums_then_textbooks_then_people_and_so_again():
         return text.is_sums
     def by_somebody(text):
         return text.prompt.split(':')[0] in make.ASKERS
-    first, second = make.CYCLES
+    first, second, _ = make.CYCLES
     assert share(first, 0.1, is_sums) == 1 and share(first, 0.1, by_somebody) == 0
     assert 0.25 < share(first, 0.5, is_sums) < 0.4 and share(first, 0.5, by_somebody) == 0
     assert 0.2 < share(first, 0.9, by_somebody) < 0.45
@@ -340,6 +340,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     for name, tensor in run('resumed').items():
         assert torch.equal(tensor, whole[name]), name
     assert len(losses) == 3 + 3, 'two of five are in the checkpoint'
+
+
+def test_a_base_goes_on_for_half_as_many_updates(tmp_path, monkeypatch):
+    for name, value in dict(TRAINING_ROWS=8, TEST_ROWS=8, update=lambda *_: 0.0).items():
+        monkeypatch.setattr(make, name, value)
+    seen = []
+
+    def spied(tokenizer, seed, step, cycle, done):
+        seen.append((step, cycle, done))
+    monkeypatch.setattr(make, 'make_batch', spied)
+    flags = ['--updates', '4', '--layers', '2', '--out']
+    make.main([*flags, str(tmp_path / 'base')])
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    seen.clear()
+    base = str(tmp_path / 'base/model')
+    make.main([*flags, str(tmp_path / 'longer'), '--seed', '1', '--base', base])
+    third = make.CYCLES[2]
+    assert seen == [(4, third, 0), (5, third, 0.5)]
+    weights = load(str(tmp_path / 'longer/model'))[0].state_dict()
+    for name, tensor in load(base)[0].state_dict().items():      # nothing was learnt: of seed 0
+        assert torch.equal(tensor, weights[name]), name
 
 
 def test_a_seed_makes_the_base_that_it_made():

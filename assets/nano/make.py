@@ -2,6 +2,7 @@
 
     python assets/nano/make.py --seed 1 --out FOLDER                   about an hour and a quarter
     python assets/nano/make.py --seed 1 --layers 4 --out FOLDER        deeper, a quarter slower
+    python assets/nano/make.py --seed 0 --base assets/nano/model --out FOLDER      a third cycle
     python assets/nano/make.py --out assets/nano --problems_only       the rows that are shipped
 
 FOLDER/model is the base in LLaDA's layout, FOLDER/problems has training and test rows in the
@@ -39,7 +40,7 @@ from transformers import PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))         # the folder of the seven modules
 
-from model import Config, LLaDA
+from model import Config, LLaDA, load
 from rewards import TASKS, tagged
 from sample import chat, random_stream, torch_stream
 from sft import answer_logps, draw_masks, masked_loss, right_pad
@@ -72,7 +73,7 @@ SAVE_EVERY = 100           # updates between checkpoints
 
 class Cycle(NamedTuple):
     """Updates in which the rates rise and fall to 0, and what is read in them."""
-    until: float               # the share of all updates after which it is over
+    until: float               # after so many of the updates it is over
     rate: float                # the highest, in parts of the rates above
     kinds: list                # of texts, in turn; see corpus_text
     sums_until: float          # the share of the cycle in which nothing but sums is read
@@ -80,7 +81,8 @@ class Cycle(NamedTuple):
 
 
 CYCLES = [Cycle(5 / 6, 1, 'text text sums'.split(), sums_until=0.15, block=8),
-          Cycle(1, 0.5, 'text text sums rest'.split(), sums_until=0, block=4)]
+          Cycle(1, 0.5, 'text text sums rest'.split(), sums_until=0, block=4),
+          Cycle(3 / 2, 0.5, 'text text sums rest'.split(), sums_until=0, block=4)]    # of --base
 
 
 # ---- the tokenizer: tags, the words of the problems, numbers below 400, and bytes ----
@@ -671,31 +673,40 @@ def update(model, optimizers, batch):
     return total
 
 
-def read_checkpoint(folder, seed, updates, layers):
-    """The folder's checkpoint, or None; ValueError where it is of another seed, length or depth."""
-    path = Path(folder, 'checkpoint.pt')
+def making(args):
+    """The flags that decide what base is made."""
+    return dict(seed=args.seed, updates=args.updates, layers=args.layers, base=args.base)
+
+
+def read_checkpoint(args):
+    """The folder's checkpoint, or None; ValueError where other flags have made it."""
+    path = Path(args.out, 'checkpoint.pt')
     if not path.exists():
         return None
     saved = torch.load(path, weights_only=True)
-    if (saved['seed'], saved['updates'], saved['layers']) != (seed, updates, layers):
-        raise ValueError(f'{path} is of --seed {saved["seed"]} --updates {saved["updates"]} '
-                         f'--layers {saved["layers"]}: give these, or another --out')
+    if saved['flags'] != making(args):
+        said = ' '.join(f'--{name} {value}' for name, value in saved['flags'].items())
+        raise ValueError(f'{path} is of {said}: give these, or another --out')
     return saved
 
 
-def pretrain(seed, updates, layers, folder):
+def pretrain(args):
     """The base and its tokenizer, from the folder's checkpoint on if there is one."""
     tokenizer = make_tokenizer()
-    model = new_model(seed, tokenizer, layers)
+    updates, start, stop = args.updates, 0, args.updates
+    if args.base:
+        model, _ = load(args.base)
+        start, stop = updates, round(updates * CYCLES[-1].until)
+    else:
+        model = new_model(args.seed, tokenizer, args.layers)
     optimizers = make_optimizers(model)
-    saved = read_checkpoint(folder, seed, updates, layers)
-    start = 0
+    saved = read_checkpoint(args)
     if saved:
         start = saved['step']
         model.load_state_dict(saved['model'])
         for optimizer, state in zip(optimizers, saved['optimizers']):
             optimizer.load_state_dict(state)
-    progress = tqdm(range(start, updates), 'pretraining', initial=start, total=updates)
+    progress = tqdm(range(start, stop), 'pretraining', initial=start, total=stop)
     for step in progress:
         begin = 0                                # the first step of its cycle
         for cycle in CYCLES:
@@ -710,15 +721,15 @@ def pretrain(seed, updates, layers, folder):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = optimizer.defaults['lr'] * cycle.rate * warm_up * (1 - place / length)
-        batch = make_batch(tokenizer, seed, step, cycle, done=place / length)
+        batch = make_batch(tokenizer, args.seed, step, cycle, done=place / length)
         loss = update(model, optimizers, batch)
         progress.set_postfix(loss=f'{loss:.4f}')
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == updates:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stop:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            new = folder / 'checkpoint.new'      # a kill while it is written leaves the old one
-            torch.save(dict(seed=seed, updates=updates, layers=layers, step=step + 1,
-                            model=model.state_dict(), optimizers=states), new)
-            new.replace(folder / 'checkpoint.pt')
+            new = Path(args.out, 'checkpoint.new')   # a kill while it is written leaves the old one
+            torch.save(dict(flags=making(args), step=step + 1, model=model.state_dict(),
+                            optimizers=states), new)
+            new.replace(Path(args.out, 'checkpoint.pt'))
     return model, tokenizer
 
 
@@ -766,17 +777,17 @@ def write_problems(folder, seed):
     write_rows(Path(folder, 'sft.jsonl'), traces)
 
 
-def write_model(folder, seed, updates, layers):
+def write_model(args):
     """Pretrains and writes model/, which appears only when it is whole."""
-    model, tokenizer = pretrain(seed, updates, layers, Path(folder))
-    new = Path(folder, 'model.new')
+    model, tokenizer = pretrain(args)
+    new = Path(args.out, 'model.new')
     model.to(torch.bfloat16).save_pretrained(new)                # half the size
     tokenizer.save_pretrained(new)
     config = Path(new, 'config.json')
     keys = json.loads(config.read_text()) | dict(nano=True)      # train.py has its own defaults
     config.write_text(json.dumps(keys, indent=2))
-    new.replace(Path(folder, 'model'))
-    Path(folder, 'checkpoint.pt').unlink(missing_ok=True)        # --updates 0 has none
+    new.replace(Path(args.out, 'model'))
+    Path(args.out, 'checkpoint.pt').unlink(missing_ok=True)      # --updates 0 has none
 
 
 def main(argv=None):
@@ -786,16 +797,18 @@ def main(argv=None):
     p.add_argument('--out', default='out/nano', help='the folder that is made [out/nano]')
     p.add_argument('--updates', type=int, default=14400, help='of the base [14400]')
     p.add_argument('--layers', type=int, default=3, help='of the base; shipped is one of three [3]')
+    p.add_argument('--base', default='', help='the model folder of a finished base, which is '
+                   'trained for half as many updates more')
     p.add_argument('--problems_only', action='store_true', help='write rows, train nothing')
     args = p.parse_args(argv)
     if Path(args.out, 'model').exists() and not args.problems_only:
         raise ValueError(f'{args.out} holds a model: give another --out, or --problems_only')
     if not args.problems_only:
         # another seed's is refused first
-        read_checkpoint(args.out, args.seed, args.updates, args.layers)
+        read_checkpoint(args)
     write_problems(args.out, args.seed)
     if not args.problems_only:
-        write_model(args.out, args.seed, args.updates, args.layers)
+        write_model(args)
 
 
 if __name__ == '__main__':
