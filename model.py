@@ -142,8 +142,9 @@ class Block(nn.Module):
             h = at_positions(h, positions)
             rope = at_positions(rope, positions)
         q = rotate(self.q_norm(self.heads(self.q_proj(h))), rope)            # (B, nh, n, hs)
-        if q.size(1) > k.size(1):       # several queries share a key; enable_gqa has no kernel for
-            repeats = q.size(1) // k.size(1)                     # float32 or masks on a GPU
+        if q.size(1) > k.size(1):       # several queries share a key (GQA)
+            # not enable_gqa, which has no fused kernel for float32 or masks on a GPU
+            repeats = q.size(1) // k.size(1)
             k = k.repeat_interleave(repeats, dim=1)
             v = v.repeat_interleave(repeats, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)          # (B, nh, n, hs)

@@ -323,15 +323,13 @@ class Problems:
             if not examples:
                 raise ValueError(f'--data: no training problem of {task} is left')
             first = examples[:1000]              # all of a large file take minutes
-            num_long = sum(not self.fits(task, example) for example in first)
+            num_long = sum(len(encode(args, tokenizer, task, example)) > args.max_prompt
+                           for example in first)
             if num_long:
                 print0(f'{task}: {num_long} of the first {len(first)} training prompts are over '
                        f'--max_prompt {args.max_prompt} and passed over')
         for index in range(len(args.tasks)):
             self.draw(index)                     # raises where none of a task can be used
-
-    def fits(self, task, example):
-        return len(encode(self.args, self.tokenizer, task, example)) <= self.args.max_prompt
 
     def draw(self, index):
         """Problem number index: task, prompt ids, example; another for one that cannot be used."""
@@ -341,8 +339,9 @@ class Problems:
         # an unusable one is passed over; 2n draws in a row hold a whole epoch, so every problem
         for i in range(2 * len(examples)):
             example = shuffled(examples, problem_index + i, self.args.seed, task)
-            if self.fits(task, example) and rewards.is_sound(example):
-                return task, encode(self.args, self.tokenizer, task, example), example
+            prompt_ids = encode(self.args, self.tokenizer, task, example)
+            if len(prompt_ids) <= self.args.max_prompt and rewards.is_sound(example):
+                return task, prompt_ids, example
         raise ValueError(f'{task}: no training problem fits --max_prompt {self.args.max_prompt}, '
                          'or none of code is passed by its own solution')
 
@@ -420,9 +419,12 @@ def eval_steps(args, length):
 
 
 def read_results(args):
-    if Path(args.folder, 'results.json').exists():
-        return read_json(args.folder, 'results.json')
-    return {}
+    return read_if_there(args.folder, 'results.json')
+
+
+def read_if_there(folder, name):
+    """The dict in a JSON file of the folder, or {} where a run has not written it yet."""
+    return read_json(folder, name) if Path(folder, name).exists() else {}
 
 
 def graded_answers(args, model, tokenizer, problems, length, label):
@@ -613,7 +615,7 @@ def read_log(args, name):
 def save_checkpoint(args, stage, step, steps, model, optimizer):
     """All that training has made, every save_every steps of a stage and after the last."""
     if step % args.save_every == 0 or step == steps:
-        write_json(args, 'config.json', vars(args))              # which --resume may have changed
+        write_json(args, 'config.json', vars(args))              # --resume may have changed some
         write(args, f'{stage}.pt', dict(step=step, weights=trained_weights(args, model),
                                         optimizer=optimizer.state_dict()))
 
@@ -789,18 +791,13 @@ def run_folder(args):
             taken[int(number)] = folder
     if not args.resume:
         return f'{first}-{max(taken) + 1}' if taken else str(first)
-
-    def config(folder):
-        if Path(folder, 'config.json').exists():
-            return read_json(folder, 'config.json')
-        return {}                                # killed before it had written any
     # NAME-7 may also be the very name of another run
     ours = [number for number, folder in taken.items()
-            if config(folder).get('name', args.name) == args.name]
+            if read_if_there(folder, 'config.json').get('name', args.name) == args.name]
     if not ours:
         raise ValueError(f'{first} holds no run to go on with: leave out --resume')
     last = taken[max(ours)]
-    for flag, before in config(last).items():
+    for flag, before in read_if_there(last, 'config.json').items():
         now = vars(args).get(flag, before)       # a flag that is no more has not changed
         if flag == 'resume' or before == now:
             continue

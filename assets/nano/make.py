@@ -73,7 +73,7 @@ SAVE_EVERY = 100           # updates between checkpoints
 
 class Cycle(NamedTuple):
     """Updates in which the rates rise and fall to 0, and what is read in them."""
-    until: float               # after so many of the updates it is over
+    until: float               # when it is over, in parts of --updates
     rate: float                # the highest, in parts of the rates above
     kinds: list                # of texts, in turn; see corpus_text
     sums_until: float          # the share of the cycle in which nothing but sums is read
@@ -693,12 +693,13 @@ def read_checkpoint(args):
 def pretrain(args):
     """The base and its tokenizer, from the folder's checkpoint on if there is one."""
     tokenizer = make_tokenizer()
-    updates, start, stop = args.updates, 0, args.updates
-    if args.base:
+    updates = args.updates
+    if args.base:                                # the third cycle
         model, _ = load(args.base)
-        start, stop = updates, round(updates * CYCLES[-1].until)
+        start, stop = updates, round(updates * CYCLES[2].until)
     else:
         model = new_model(args.seed, tokenizer, args.layers)
+        start, stop = 0, updates
     optimizers = make_optimizers(model)
     saved = read_checkpoint(args)
     if saved:
